@@ -1,0 +1,3 @@
+"""Harmonium runs OpenAI's open-weight gpt-oss models on the machine you have."""
+
+__version__ = "0.1.0"

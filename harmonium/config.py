@@ -1,0 +1,233 @@
+"""Settings: frozen dataclasses, the machine's facts, and the one function that settles "auto".
+
+This module is the only reader of environment variables (HARMONIUM_ISA, HARMONIUM_THREADS). Configuration is
+composed, never inherited; `resolve(config, hardware)` is pure, and what it returns is printed by
+`harmonium inspect` and logged once at start.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from harmonium.errors import ConfigError
+
+Weights = Literal["int8", "bf16"]
+"""How the dense weights are held. int8: a scale per 32, activations int8 too. bf16: exactly as in the checkpoint."""
+
+ISA_NAMES = ("scalar", "avx2", "avx512")
+"""Instruction sets with kernels, slowest first."""
+
+CACHE_BLOCK_TOKENS = 32
+"""P: tokens a block of the key/value cache holds."""
+
+MAX_THREADS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What a user may set about running a model. None means "auto"; `resolve` settles it.
+
+    weights: "int8" (fast, default) or "bf16" (exact dense weights, bf16 activations).
+    context_length: longest prompt plus answer, in tokens; None: the least of the model's own limit and what
+        fits in memory, at most 8,192 unless asked for more.
+    max_sequences: sequences that share one step.
+    max_batch_tokens: tokens in one step, so also the length of a prefill chunk.
+    max_queue: requests that may wait; one more is refused with EngineBusy.
+    threads: worker threads; None: the cores that this process may use.
+    isa: instruction set for kernels; None: the best that the machine has.
+    memory_limit_bytes: None: what the machine (and its cgroup) has available.
+    """
+
+    weights: Weights = "int8"
+    context_length: int | None = None
+    max_sequences: int = 16
+    max_batch_tokens: int = 512
+    max_queue: int = 256
+    threads: int | None = None
+    isa: str | None = None
+    memory_limit_bytes: int | None = None
+    prefix_cache: bool = True
+
+    def __post_init__(self) -> None:
+        if self.weights not in ("int8", "bf16"):
+            raise ConfigError(f"weights is {self.weights!r}; expected 'int8' or 'bf16'")
+        if self.isa is not None and self.isa not in ISA_NAMES:
+            raise ConfigError(f"isa is {self.isa!r}; expected one of {', '.join(ISA_NAMES)}")
+        _check_range("context_length", self.context_length, 1, 1 << 24)
+        _check_range("max_sequences", self.max_sequences, 1, 4096)
+        _check_range("max_batch_tokens", self.max_batch_tokens, 1, 65536)
+        _check_range("max_queue", self.max_queue, 0, 1_000_000)
+        _check_range("threads", self.threads, 1, MAX_THREADS)
+        _check_range("memory_limit_bytes", self.memory_limit_bytes, 1, 1 << 60)
+
+
+def _check_range(name: str, value: int | None, low: int, high: int) -> None:
+    if value is not None and not low <= value <= high:
+        raise ConfigError(f"{name} is {value:,}; expected {low:,} to {high:,}")
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """What this process may use. cores: ids in the affinity mask, cut to the cgroup's quota."""
+
+    cores: tuple[int, ...]
+    memory_total_bytes: int
+    memory_available_bytes: int
+    isa: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """Settings with nothing left to decide, and one line that says why each was chosen."""
+
+    config: EngineConfig
+    isa: str
+    threads: int
+    memory_limit_bytes: int
+    reasons: Mapping[str, str]
+
+
+def environment_config() -> dict[str, object]:
+    """The settings that come from the environment, as keyword arguments for EngineConfig.
+
+    Raises ConfigError when a variable holds something that cannot be used.
+    """
+    settings: dict[str, object] = {}
+    isa = os.environ.get("HARMONIUM_ISA")
+    if isa:
+        if isa not in ISA_NAMES:
+            raise ConfigError(f"HARMONIUM_ISA is {isa!r}; expected one of {', '.join(ISA_NAMES)}")
+        settings["isa"] = isa
+    threads = os.environ.get("HARMONIUM_THREADS")
+    if threads:
+        if not threads.isdecimal() or not 1 <= int(threads) <= MAX_THREADS:
+            raise ConfigError(f"HARMONIUM_THREADS is {threads!r}; expected a whole number from 1 to {MAX_THREADS}")
+        settings["threads"] = int(threads)
+    return settings
+
+
+def resolve(config: EngineConfig, hardware: Hardware) -> Resolved:
+    """Settle every "auto". Pure: the same arguments give the same answer.
+
+    Raises ConfigError when the instruction set asked for is one that the machine lacks.
+    """
+    reasons: dict[str, str] = {}
+    if config.isa is None:
+        isa = hardware.isa[-1]
+        reasons["isa"] = "the best that this processor has"
+    elif config.isa in hardware.isa:
+        isa = config.isa
+        reasons["isa"] = "asked for"
+    else:
+        raise ConfigError(f"isa is {config.isa!r}; this processor has {', '.join(hardware.isa)}")
+    if config.threads is None:
+        threads = len(hardware.cores)
+        reasons["threads"] = "one for each core that this process may use"
+    else:
+        threads = config.threads
+        reasons["threads"] = "asked for"
+        if threads > len(hardware.cores):
+            reasons["threads"] = f"asked for; more than the {len(hardware.cores)} cores that this process may use"
+    if config.memory_limit_bytes is None:
+        memory = hardware.memory_available_bytes
+        reasons["memory"] = "what the machine and its cgroup have available"
+    else:
+        memory = config.memory_limit_bytes
+        reasons["memory"] = "asked for"
+    return Resolved(config=config, isa=isa, threads=threads, memory_limit_bytes=memory, reasons=reasons)
+
+
+def probe_hardware(isa: tuple[str, ...], root: Path = Path("/")) -> Hardware:
+    """Read this machine: cores (affinity mask and cgroup quota), memory (and cgroup limit).
+
+    isa: the instruction sets that the native code says it can run here, slowest first.
+    root: where `proc` and `sys` lie; tests give a folder of their own.
+    """
+    cores = tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else tuple(range(os.cpu_count() or 1))
+    quota = _cgroup_cpu_quota(root)
+    if quota is not None:
+        cores = cores[: max(1, min(len(cores), int(quota + 0.5)))]
+    total, available = _memory(root)
+    limit = _cgroup_memory(root)
+    if limit is not None:
+        total, available = min(total, limit[0]), min(available, max(0, limit[0] - limit[1]))
+    return Hardware(cores=cores, memory_total_bytes=total, memory_available_bytes=available, isa=isa)
+
+
+def _memory(root: Path) -> tuple[int, int]:
+    """(total, available) bytes as /proc/meminfo gives them; elsewhere what sysconf knows."""
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        table = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith("kB")}
+        return table["MemTotal"], table["MemAvailable"]
+    except (OSError, KeyError, ValueError):
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return total, total
+
+
+def _cgroup_folders(root: Path) -> list[Path]:
+    """This process's cgroup v2 folders from the innermost outwards: a limit on any of them holds."""
+    base = root / "sys/fs/cgroup"
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return [base]
+    relative = next((line[3:] for line in lines if line.startswith("0::")), "/").strip("/")
+    folder = base / relative
+    folders = []
+    while folder != base and base in folder.parents:
+        folders.append(folder)
+        folder = folder.parent
+    return [*folders, base]
+
+
+def _cgroup_cpu_quota(root: Path) -> float | None:
+    """The least of the quotas, in cores; None where there is none. Source: the kernel's cgroup-v2 document."""
+    quotas = []
+    for folder in _cgroup_folders(root):
+        try:
+            quota, period = (folder / "cpu.max").read_text().split()
+        except (OSError, ValueError):
+            continue
+        if quota != "max" and int(period) > 0:
+            quotas.append(int(quota) / int(period))
+    v1 = root / "sys/fs/cgroup/cpu"
+    try:
+        quota_us, period_us = int((v1 / "cpu.cfs_quota_us").read_text()), int((v1 / "cpu.cfs_period_us").read_text())
+        if quota_us > 0 and period_us > 0:
+            quotas.append(quota_us / period_us)
+    except (OSError, ValueError):
+        pass
+    return min(quotas, default=None)
+
+
+def _cgroup_memory(root: Path) -> tuple[int, int] | None:
+    """(limit, used without the page cache) in bytes for the tightest cgroup; None where there is no limit."""
+    found: list[tuple[int, int]] = []
+    for folder in _cgroup_folders(root):
+        try:
+            limit = (folder / "memory.max").read_text().strip()
+            used = int((folder / "memory.current").read_text())
+        except (OSError, ValueError):
+            continue
+        if limit != "max":
+            found.append((int(limit), max(0, used - _stat_value(folder / "memory.stat", "inactive_file"))))
+    v1 = root / "sys/fs/cgroup/memory"
+    try:
+        limit_v1, used_v1 = int((v1 / "memory.limit_in_bytes").read_text()), int((v1 / "memory.usage_in_bytes").read_text())
+        if limit_v1 < 1 << 60:
+            found.append((limit_v1, max(0, used_v1 - _stat_value(v1 / "memory.stat", "total_inactive_file"))))
+    except (OSError, ValueError):
+        pass
+    return min(found, key=lambda pair: pair[0] - pair[1], default=None)
+
+
+def _stat_value(path: Path, key: str) -> int:
+    try:
+        return next((int(line.split()[1]) for line in path.read_text().splitlines() if line.split()[0] == key), 0)
+    except (OSError, ValueError, IndexError):
+        return 0

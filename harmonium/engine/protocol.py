@@ -1,0 +1,83 @@
+"""Seam A: whatever continues token sequences: our own engine, vLLM over HTTP, Ray, a script."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from harmonium.model.batch import SamplingParams
+
+FinishReason = Literal["stop", "length", "aborted", "error"]
+"""stop: a stop token came (it is the last token of the event). length: max_tokens or the context was reached."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """model_name: what to call it. context_length: prompt plus answer, in tokens. vocabulary_size: ids below it."""
+
+    model_name: str
+    context_length: int
+    vocabulary_size: int
+    engine: str
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One sequence to continue.
+
+    token_ids: the prompt, at least one token. stop_token_ids: the answer ends after one of these; for Harmony
+    these are <|return|> and <|call|>. max_tokens None: until the context is full. cache_salt: sequences share
+    cached prefixes only with the same salt.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop_token_ids: frozenset[int] = frozenset()
+    cache_salt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token of the answer; logprob and top_logprobs only when the request asked for them."""
+
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """News of one request: the tokens since the last event (at least one, except in a final event).
+
+    finish_reason: set in the last event and only there. num_cached_tokens: prompt tokens that came from the
+    prefix cache. error: what went wrong, when finish_reason is "error".
+    """
+
+    tokens: tuple[Token, ...]
+    finish_reason: FinishReason | None = None
+    num_cached_tokens: int = 0
+    error: str | None = None
+
+
+class Engine(Protocol):
+    """Continues token sequences. Knows no text, no Harmony, no HTTP."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    def admit(self, request: Request) -> None:
+        """Check that the request can be served. Raises PromptTooLong, RequestError, EngineBusy, EngineClosed.
+
+        Nothing is reserved: a caller that was admitted may still meet EngineBusy from `generate`.
+        """
+        ...
+
+    def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
+        """Continue the sequence; the last event has a finish_reason. Closing the generator aborts the request."""
+        ...
+
+    async def close(self) -> None:
+        """End running requests with "aborted" and give everything back."""
+        ...

@@ -1,0 +1,97 @@
+"""Every exception that Harmonium raises, as one tree.
+
+    HarmoniumError
+    ├── ConfigError              a setting, a path or an option that cannot be used           exit 2
+    │   └── MemoryPlanError      the plan needs more memory than the machine has              exit 2
+    ├── CheckpointError          a file of a checkpoint breaks its format or its config       exit 1
+    ├── RequestError             a request that can never succeed                             HTTP 400
+    │   └── PromptTooLong        the prompt does not fit the context                          HTTP 400
+    ├── EngineError              the engine failed                                            HTTP 500
+    │   ├── EngineBusy           the queue is full: try again after `retry_after_seconds`     HTTP 503
+    │   └── EngineClosed         the engine is not (or no longer) running                     HTTP 503
+    └── HarmonyError             messages that the Harmony format cannot express              HTTP 400
+
+A message names the thing, the value and the limit. `exit_code` is what the command line ends with,
+`status` what the HTTP API answers, `code` the machine-readable name in an API error body.
+"""
+
+from __future__ import annotations
+
+
+class HarmoniumError(Exception):
+    """Base of all our errors. Catch it to catch everything that Harmonium raises on purpose."""
+
+    exit_code = 1
+    status = 500
+    code = "internal_error"
+
+
+class ConfigError(HarmoniumError):
+    """A setting, path or option cannot be used as given."""
+
+    exit_code = 2
+    status = 400
+    code = "invalid_config"
+
+
+class MemoryPlanError(ConfigError):
+    """Weights, cache and scratch do not fit the memory that this process may use."""
+
+    code = "memory_plan"
+
+
+class CheckpointError(HarmoniumError):
+    """A checkpoint's file breaks its format, or disagrees with its own config.
+
+    The message starts with the file, then the tensor (if one is concerned), the value found and what was
+    expected.
+    """
+
+    exit_code = 1
+    code = "invalid_checkpoint"
+
+
+class RequestError(HarmoniumError):
+    """A request that cannot succeed however often it is sent."""
+
+    exit_code = 2
+    status = 400
+    code = "invalid_request"
+
+
+class PromptTooLong(RequestError):
+    """The prompt (or the prompt plus one token) is longer than the context."""
+
+    code = "context_length_exceeded"
+
+
+class EngineError(HarmoniumError):
+    """The engine failed while it worked on a request that was fine."""
+
+    code = "engine_error"
+
+
+class EngineBusy(EngineError):
+    """No room in the queue now; the same request may succeed after `retry_after_seconds`."""
+
+    status = 503
+    code = "engine_busy"
+
+    def __init__(self, message: str, retry_after_seconds: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class EngineClosed(EngineError):
+    """The engine has been closed, or is closing."""
+
+    status = 503
+    code = "engine_closed"
+
+
+class HarmonyError(HarmoniumError):
+    """Messages that cannot be written in the Harmony format."""
+
+    exit_code = 2
+    status = 400
+    code = "invalid_messages"

@@ -1,0 +1,2 @@
+#include "bindings.h"
+namespace harmonium { void bind_matmul(nb::module_&) {} }
