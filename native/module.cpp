@@ -51,4 +51,5 @@ NB_MODULE(_native, m) {
   harmonium::bind_threads(m);
   harmonium::bind_matmul(m);
   harmonium::bind_ops(m);
+  harmonium::bind_sampling(m);
 }

@@ -1,0 +1,3 @@
+"""Specification of the ops kernels in NumPy."""
+
+__all__: list[str] = []

@@ -1,0 +1,3 @@
+"""Specification of the sampling kernels in NumPy."""
+
+__all__: list[str] = []

@@ -1,0 +1,2 @@
+#include "bindings.h"
+namespace harmonium { void bind_sampling(nb::module_&) {} }
