@@ -1,7 +1,7 @@
 """Settings: frozen dataclasses, the machine's facts, and the one function that settles "auto".
 
-This module is the only reader of environment variables (HARMONIUM_ISA, HARMONIUM_THREADS). Configuration is
-composed, never inherited; `resolve(config, hardware)` is pure, and what it returns is printed by
+This module is the only reader of environment variables (HARMONIUM_ISA, HARMONIUM_THREADS, XDG_CACHE_HOME).
+Configuration is composed, never inherited; `resolve(config, hardware)` is pure, and what it returns is printed by
 `harmonium inspect` and logged once at start.
 """
 
@@ -108,6 +108,21 @@ def environment_config() -> dict[str, object]:
             raise ConfigError(f"HARMONIUM_THREADS is {threads!r}; expected a whole number from 1 to {MAX_THREADS}")
         settings["threads"] = int(threads)
     return settings
+
+
+def cache_folder() -> Path:
+    """Where files go that can be made again: $XDG_CACHE_HOME/harmonium, or ~/.cache/harmonium. Not created.
+
+    Raises ConfigError when there is no home folder. Source: XDG Base Directory Specification, by which a
+    relative path is ignored.
+    """
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if base and Path(base).is_absolute():
+        return Path(base) / "harmonium"
+    try:
+        return Path.home() / ".cache" / "harmonium"
+    except RuntimeError:
+        raise ConfigError("there is no home folder; set XDG_CACHE_HOME to a folder for cached files") from None
 
 
 def resolve(config: EngineConfig, hardware: Hardware) -> Resolved:
