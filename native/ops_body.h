@@ -1,0 +1,341 @@
+// The kernels of OpsTable, written once over vectors of kLanes floats. Each native/<isa>/ops.cpp includes this file
+// inside its anonymous namespace, after it has defined
+//   V (a vector of floats), kLanes, kRows (rows of the register block: kRows x 2 accumulators fit the registers),
+//   zero, set1, load, load_n (1 <= n <= kLanes, the rest 0), store, store_n, add, sub, mul, div, fma(a, b, c) = a * b + c,
+//   vmax, vexp (x <= 0; 0 below about -87; relative error about 2e-7), hsum, hmax,
+//   load_bf16, load_bf16_n, store_bf16_n (n <= kLanes; to nearest even, NaN stays NaN),
+//   transpose_keys(row, head_size, out): out[k * kKeyChunk + i] = row[i][k] for kLanes rows, as float32,
+//   prefetch(p).
+// Nothing here may come from a C++ library header: an inline function compiled for AVX-512 and merged by the linker
+// with its twin from the common build would crash older processors (tools/check_symbols.py looks for that).
+
+constexpr std::int64_t kPair = 2 * kLanes;
+// Lower than any finite score. Finite, so that exp(-inf - kLowest) is 0 and not NaN for a row that is masked as yet.
+constexpr float kLowest = -3.0e38f;
+
+inline std::int64_t round_up(std::int64_t x, std::int64_t step) { return (x + step - 1) / step * step; }
+inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+inline std::int64_t larger(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
+
+void rms_norm(const float* x, const float* weight, float eps, std::int64_t width, float* out) {
+  V sum[4] = {zero(), zero(), zero(), zero()};
+  std::int64_t i = 0;
+  for (; i + 4 * kLanes <= width; i += 4 * kLanes) {
+    for (int j = 0; j < 4; ++j) {
+      const V v = load(x + i + j * kLanes);
+      sum[j] = fma(v, v, sum[j]);
+    }
+  }
+  for (; i < width; i += kLanes) {
+    const V v = width - i < kLanes ? load_n(x + i, width - i) : load(x + i);
+    sum[0] = fma(v, v, sum[0]);
+  }
+  const float mean = hsum(add(add(sum[0], sum[1]), add(sum[2], sum[3]))) / static_cast<float>(width);
+  const V factor = set1(1.0f / __builtin_sqrtf(mean + eps));
+  for (i = 0; i + kLanes <= width; i += kLanes) store(out + i, mul(mul(load(x + i), factor), load(weight + i)));
+  if (i < width) {
+    const std::int64_t n = width - i;
+    store_n(out + i, n, mul(mul(load_n(x + i, n), factor), load_n(weight + i, n)));
+  }
+}
+
+// Products and sums round separately, as in the NumPy specification: the stored bf16 keys are then bitwise the same.
+void rotate(float* x, const float* cos, const float* sin, std::int64_t num_heads, std::int64_t head_size) {
+  const std::int64_t half = head_size / 2;
+  for (std::int64_t h = 0; h < num_heads; ++h) {
+    float* first = x + h * head_size;
+    float* second = first + half;
+    for (std::int64_t i = 0; i < half; i += kLanes) {
+      const std::int64_t n = smaller(half - i, kLanes);
+      const V a = load_n(first + i, n), b = load_n(second + i, n);
+      const V c = load_n(cos + i, n), s = load_n(sin + i, n);
+      store_n(first + i, n, sub(mul(a, c), mul(b, s)));
+      store_n(second + i, n, add(mul(b, c), mul(a, s)));
+    }
+  }
+}
+
+void narrow(const float* x, std::int64_t count, std::uint16_t* out) {
+  for (std::int64_t i = 0; i < count; i += kLanes) {
+    const std::int64_t n = smaller(count - i, kLanes);
+    store_bf16_n(out + i, n, load_n(x + i, n));
+  }
+}
+
+void widen(const std::uint16_t* x, std::int64_t count, float* out) {
+  std::int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(out + i, load_bf16(x + i));
+  if (i < count) store_n(out + i, count - i, load_bf16_n(x + i, count - i));
+}
+
+// Each dot product is one chain of vector sums whatever the block's size, so that a token's logits do not depend on
+// the tokens beside it.
+template <int M, int N>
+void dots_block(const float* x, const std::uint16_t* weight, std::int64_t width, float* out, std::int64_t out_stride) {
+  V sum[M][N];
+  for (int m = 0; m < M; ++m) {
+    for (int n = 0; n < N; ++n) sum[m][n] = zero();
+  }
+  const std::int64_t whole = width / kLanes * kLanes;
+  for (std::int64_t i = 0; i < whole; i += kLanes) {
+    V a[M];
+    for (int m = 0; m < M; ++m) a[m] = load(x + m * width + i);
+    for (int n = 0; n < N; ++n) {
+      const V b = load_bf16(weight + n * width + i);
+      for (int m = 0; m < M; ++m) sum[m][n] = fma(a[m], b, sum[m][n]);
+    }
+  }
+  for (int n = 0; n < N; ++n) {
+    for (int m = 0; m < M; ++m) {
+      if (whole < width) {
+        const V b = load_bf16_n(weight + n * width + whole, width - whole);
+        sum[m][n] = fma(load_n(x + m * width + whole, width - whole), b, sum[m][n]);
+      }
+      out[m * out_stride + n] = hsum(sum[m][n]);
+    }
+  }
+}
+
+void dots(const float* x, std::int64_t num_x, const std::uint16_t* weight, std::int64_t num_weight,
+          std::int64_t width, float* out, std::int64_t out_stride) {
+  std::int64_t n = 0;
+  for (; n + 4 <= num_weight; n += 4) {
+    std::int64_t m = 0;
+    for (; m + 2 <= num_x; m += 2)
+      dots_block<2, 4>(x + m * width, weight + n * width, width, out + m * out_stride + n, out_stride);
+    if (m < num_x) dots_block<1, 4>(x + m * width, weight + n * width, width, out + m * out_stride + n, out_stride);
+  }
+  for (; n < num_weight; ++n) {
+    for (std::int64_t m = 0; m < num_x; ++m)
+      dots_block<1, 1>(x + m * width, weight + n * width, width, out + m * out_stride + n, out_stride);
+  }
+}
+
+// exp of one float, by the vector function so that it is the same everywhere.
+inline float exp1(float x) {
+  float lane[kLanes];
+  store(lane, vexp(set1(x)));
+  return lane[0];
+}
+
+void softmax(float* x, std::int64_t count) {
+  float top = x[0], sum = 0.0f;
+  for (std::int64_t i = 1; i < count; ++i) top = x[i] > top ? x[i] : top;
+  for (std::int64_t i = 0; i < count; ++i) {
+    x[i] = exp1(x[i] - top);
+    sum += x[i];
+  }
+  for (std::int64_t i = 0; i < count; ++i) x[i] /= sum;
+}
+
+// ---- Attention ----------------------------------------------------------------------------------------------------
+// Rows are (token, query head) pairs: row = token * R + head. Scores and values are two products of one kind,
+// C[kRows, N] = A[kRows, depth] . B[depth, N] with B in float32 scratch: keys transposed (lanes are positions) for the
+// scores, values as they lie (lanes are the head's elements) for the output. Keys and values are thus converted once
+// for all rows of the tile.
+
+// c = a . b, or c = c * factor[row] + a . b, for kRows rows and 2 vectors.
+template <bool kAccumulate>
+inline void product_block(const float* a, std::int64_t a_stride, const float* b, std::int64_t b_stride,
+                          std::int64_t depth, float* c, std::int64_t c_stride, const float* factor) {
+  V sum[kRows][2];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    sum[r][0] = kAccumulate ? mul(load(c + r * c_stride), set1(factor[r])) : zero();
+    sum[r][1] = kAccumulate ? mul(load(c + r * c_stride + kLanes), set1(factor[r])) : zero();
+  }
+  for (std::int64_t k = 0; k < depth; ++k) {
+    const V b0 = load(b + k * b_stride), b1 = load(b + k * b_stride + kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const V x = set1(a[r * a_stride + k]);
+      sum[r][0] = fma(x, b0, sum[r][0]);
+      sum[r][1] = fma(x, b1, sum[r][1]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    store(c + r * c_stride, sum[r][0]);
+    store(c + r * c_stride + kLanes, sum[r][1]);
+  }
+}
+
+// A tile's working memory, carved out of AttentionTile.scratch.
+struct Work {
+  std::int64_t rows, padded_rows, width;  // width: K rounded up to whole pairs of vectors
+  float* query;                           // [padded_rows, K], scaled
+  float* out;                             // [padded_rows, width], unnormalized
+  float* top;                             // [padded_rows] highest score so far
+  float* sum;                             // [padded_rows] sum of exp(score - top)
+  float* score;                           // [kRows, kKeyChunk]
+  float* key;                             // [K, kKeyChunk]
+  float* value;                           // [kKeyChunk, width]
+};
+
+inline Work carve(const AttentionTile& t) {
+  Work w;
+  w.rows = t.num_tokens * t.group_size;
+  w.padded_rows = round_up(w.rows, kRows);
+  w.width = round_up(t.head_size, kPair);
+  float* p = t.scratch;
+  w.query = p, p += round_up(w.padded_rows * t.head_size, 16);
+  w.out = p, p += round_up(w.padded_rows * w.width, 16);
+  w.top = p, p += round_up(w.padded_rows, 16);
+  w.sum = p, p += round_up(w.padded_rows, 16);
+  w.score = p, p += kRows * kKeyChunk;
+  w.key = p, p += t.head_size * kKeyChunk;
+  w.value = p;
+  return w;
+}
+
+inline void start(const AttentionTile& t, const Work& w) {
+  const V scale = set1(t.scale);
+  const std::int64_t token_floats = t.group_size * t.head_size;  // a multiple of 8
+  for (std::int64_t j = 0; j < t.num_tokens; ++j) {
+    for (std::int64_t i = 0; i < token_floats; i += kLanes) {
+      const std::int64_t n = smaller(token_floats - i, kLanes);
+      store_n(w.query + j * token_floats + i, n, mul(load_n(t.query + j * t.query_stride + i, n), scale));
+    }
+  }
+  for (std::int64_t i = w.rows * t.head_size; i < w.padded_rows * t.head_size; ++i) w.query[i] = 0.0f;
+  for (std::int64_t i = 0; i < w.padded_rows * w.width; ++i) w.out[i] = 0.0f;
+  for (std::int64_t i = 0; i < w.padded_rows; ++i) {
+    w.top[i] = kLowest;
+    w.sum[i] = 0.0f;
+  }
+}
+
+// Convert the keys and values of positions [begin, begin + count) into scratch; lanes past count hold some key.
+inline void load_chunk(const AttentionTile& t, const Work& w, std::int64_t begin, std::int64_t count) {
+  const std::uint16_t* key[kKeyChunk];
+  const std::int64_t K = t.head_size;
+  for (std::int64_t i = 0; i < count; ++i) {
+    const std::int64_t position = begin + i;
+    const std::int64_t at = t.block[position / t.block_size] * t.block_stride + position % t.block_size * K;
+    key[i] = t.key + at;
+    const std::uint16_t* value = t.value + at;
+    float* out = w.value + i * w.width;
+    std::int64_t k = 0;
+    for (; k + kLanes <= K; k += kLanes) store(out + k, load_bf16(value + k));
+    if (k < K) store(out + k, load_bf16_n(value + k, K - k)), k += kLanes;
+    for (; k < w.width; k += kLanes) store(out + k, zero());
+  }
+  const std::int64_t padded = round_up(count, kPair);
+  for (std::int64_t i = count; i < padded; ++i) key[i] = key[0];
+  for (std::int64_t i = 0; i < padded; i += kLanes) transpose_keys(key + i, K, w.key + i);
+}
+
+// Turn one row of scores [n0, n1) into exp(score - top), and update its maximum and sum. Returns the factor for what
+// was summed before.
+inline float weigh_row(float* score, std::int64_t n0, std::int64_t n1, float* top, float* sum) {
+  V high = load(score + n0);
+  for (std::int64_t n = n0 + kLanes; n < n1; n += kLanes) high = vmax(high, load(score + n));
+  const float before = *top;
+  const float chunk_top = hmax(high);
+  const float now = chunk_top > before ? chunk_top : before;
+  const V shift = set1(now);
+  V total = zero();
+  for (std::int64_t n = n0; n < n1; n += kLanes) {
+    const V p = vexp(sub(load(score + n), shift));
+    store(score + n, p);
+    total = add(total, p);
+  }
+  const float factor = now == before ? 1.0f : exp1(before - now);
+  *top = now;
+  *sum = *sum * factor + hsum(total);
+  return factor;
+}
+
+// kRows rows, from row `row`, against the chunk [begin, begin + count) in scratch.
+inline void attend_rows(const AttentionTile& t, const Work& w, std::int64_t row, std::int64_t begin,
+                        std::int64_t count) {
+  const std::int64_t last_row = smaller(row + kRows, w.rows) - 1;
+  const std::int64_t window = t.window ? t.window : t.first_position + t.num_tokens;
+  // What the rows may see, relative to begin: the first row's window to the last row's own position.
+  const std::int64_t low = larger(0, t.first_position + row / t.group_size - window + 1 - begin);
+  const std::int64_t high = smaller(count - 1, t.first_position + last_row / t.group_size - begin);
+  if (low > high) return;
+  const std::int64_t n0 = low / kPair * kPair, n1 = round_up(high + 1, kPair);
+  for (std::int64_t n = n0; n < n1; n += kPair) {
+    product_block<false>(w.query + row * t.head_size, t.head_size, w.key + n, kKeyChunk, t.head_size, w.score + n,
+                         kKeyChunk, nullptr);
+  }
+  float factor[kRows];
+  for (std::int64_t r = 0; r < kRows; ++r) {
+    float* score = w.score + r * kKeyChunk;
+    const std::int64_t position = t.first_position + smaller(row + r, last_row) / t.group_size - begin;
+    const std::int64_t first = larger(n0, smaller(n1, position - window + 1));
+    const std::int64_t last = larger(n0, smaller(n1, smaller(count, position + 1)));
+    for (std::int64_t n = n0; n < first; ++n) score[n] = -__builtin_inff();
+    for (std::int64_t n = last; n < n1; ++n) score[n] = -__builtin_inff();
+    factor[r] = weigh_row(score, n0, n1, w.top + row + r, w.sum + row + r);
+  }
+  for (std::int64_t n = 0; n < w.width; n += kPair) {
+    product_block<true>(w.score + low, kKeyChunk, w.value + low * w.width + n, w.width, high + 1 - low,
+                        w.out + row * w.width + n, w.width, factor);
+  }
+}
+
+// out = value / (sum + exp(sink - top)), written so that neither exponent is positive.
+inline void write_row(const float* value, std::int64_t head_size, float top, float sum, float sink, float* out) {
+  const float high = top > sink ? top : sink;
+  const float shrink = exp1(top - high);
+  const V factor = set1(shrink / (sum * shrink + exp1(sink - high)));
+  for (std::int64_t k = 0; k < head_size; k += kLanes) {
+    const std::int64_t n = smaller(head_size - k, kLanes);
+    store_n(out + k, n, mul(load_n(value + k, n), factor));
+  }
+}
+
+inline void finish(const AttentionTile& t, const Work& w) {
+  const std::int64_t K = t.head_size;
+  for (std::int64_t row = 0; row < w.rows; ++row) {
+    const float* value = w.out + row * w.width;
+    if (t.out) {
+      const std::int64_t head = row % t.group_size;
+      write_row(value, K, w.top[row], w.sum[row], t.sink[head],
+                t.out + row / t.group_size * t.out_stride + head * K);
+    } else {
+      t.partial[row] = w.top[row];
+      t.partial[w.rows + row] = w.sum[row];
+      __builtin_memcpy(t.partial + 2 * w.rows + row * K, value, sizeof(float) * K);
+    }
+  }
+}
+
+void attend(const AttentionTile& t) {
+  const Work w = carve(t);
+  start(t, w);
+  for (std::int64_t begin = t.begin; begin < t.end; begin += kKeyChunk) {
+    const std::int64_t count = smaller(kKeyChunk, t.end - begin);
+    load_chunk(t, w, begin, count);
+    for (std::int64_t row = 0; row < w.padded_rows; row += kRows) attend_rows(t, w, row, begin, count);
+  }
+  finish(t, w);
+}
+
+void merge(const AttentionMerge& m) {
+  const std::int64_t K = m.head_size, rows = m.num_tokens * m.group_size, piece_floats = rows * (K + 2);
+  for (std::int64_t row = 0; row < rows; ++row) {
+    const std::int64_t head = row % m.group_size;
+    float* out = m.out + row / m.group_size * m.out_stride + head * K;
+    float top = kLowest, sum = 0.0f;
+    for (std::int64_t p = 0; p < m.num_pieces; ++p) {
+      const float piece_top = m.partial[p * piece_floats + row];
+      top = piece_top > top ? piece_top : top;
+    }
+    for (std::int64_t k = 0; k < K; ++k) out[k] = 0.0f;
+    for (std::int64_t p = 0; p < m.num_pieces; ++p) {
+      const float* piece = m.partial + p * piece_floats;
+      const float weight = exp1(piece[row] - top);
+      sum += weight * piece[rows + row];
+      for (std::int64_t k = 0; k < K; k += kLanes) {
+        const std::int64_t n = smaller(K - k, kLanes);
+        store_n(out + k, n, fma(set1(weight), load_n(piece + 2 * rows + row * K + k, n), load_n(out + k, n)));
+      }
+    }
+    write_row(out, K, top, sum, m.sink[head], out);
+  }
+}
+
+constexpr OpsTable kTable = {rms_norm, rotate, narrow, widen, dots, softmax, attend, merge};
