@@ -1,1 +1,19 @@
-"""See docs/architecture.md for what this room holds."""
+"""Many requests share one model: token ids in, token ids out. See docs/engine.md."""
+
+from harmonium.engine.local import LocalEngine
+from harmonium.engine.protocol import Engine, EngineInfo, FinishReason, Request, Token, TokenEvent
+from harmonium.engine.scripted import Script, ScriptedEngine
+from harmonium.engine.worker import EngineStatistics
+
+__all__ = [
+    "Engine",
+    "EngineInfo",
+    "EngineStatistics",
+    "FinishReason",
+    "LocalEngine",
+    "Request",
+    "Script",
+    "ScriptedEngine",
+    "Token",
+    "TokenEvent",
+]

@@ -9,12 +9,14 @@ from typing import Literal, Protocol
 from harmonium.model.batch import SamplingParams
 
 FinishReason = Literal["stop", "length", "aborted", "error"]
-"""stop: a stop token came (it is the last token of the event). length: max_tokens or the context was reached."""
+"""stop: a stop token came (the last token of the event). length: max_tokens or the context was reached."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """model_name: what to call it. context_length: prompt plus answer, in tokens. vocabulary_size: ids below it."""
+    """model_name: what to call it. context_length: prompt plus answer, in tokens. vocabulary_size: ids are
+    below it. engine: which one it is ("local", "scripted").
+    """
 
     model_name: str
     context_length: int
@@ -75,7 +77,10 @@ class Engine(Protocol):
         ...
 
     def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
-        """Continue the sequence; the last event has a finish_reason. Closing the generator aborts the request."""
+        """Continue the sequence; the last event has a finish_reason. Closing the generator aborts it.
+
+        The request is queued when the first event is asked for; that raises what `admit` raises.
+        """
         ...
 
     async def close(self) -> None:

@@ -1,0 +1,36 @@
+"""What every engine checks before it takes a request."""
+
+from __future__ import annotations
+
+from harmonium.engine.protocol import EngineInfo, Request
+from harmonium.errors import PromptTooLong, RequestError
+
+
+def check_request(request: Request, info: EngineInfo) -> None:
+    """Refuse a request that could never be served.
+
+    Raises PromptTooLong when prompt plus one token exceed the context, RequestError for an empty prompt and
+    for token ids outside the vocabulary.
+    """
+    num_prompt = len(request.token_ids)
+    if num_prompt == 0:
+        raise RequestError("the prompt is empty; expected at least one token")
+    if num_prompt >= info.context_length:
+        raise PromptTooLong(
+            f"prompt has {num_prompt:,} tokens; the context is {info.context_length:,}, "
+            "of which the answer needs at least one"
+        )
+    check_token_ids(request.token_ids, info.vocabulary_size, "prompt")
+    for token_id in request.sampling.logit_bias:
+        if token_id >= info.vocabulary_size:
+            raise RequestError(
+                f"logit_bias names token {token_id:,}; the vocabulary has {info.vocabulary_size:,}"
+            )
+
+
+def check_token_ids(token_ids: tuple[int, ...], vocabulary_size: int, name: str) -> None:
+    """Raises RequestError for the first id that is not in the vocabulary."""
+    if min(token_ids) >= 0 and max(token_ids) < vocabulary_size:
+        return
+    place, token_id = next((i, t) for i, t in enumerate(token_ids) if not 0 <= t < vocabulary_size)
+    raise RequestError(f"{name} token {place} is {token_id:,}; expected 0 to {vocabulary_size - 1:,}")

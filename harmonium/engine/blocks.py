@@ -1,0 +1,342 @@
+"""Who holds which block of the paged key/value cache. Bookkeeping only: no key or value passes through here.
+
+Two pools. A sequence keeps its full-attention blocks for life; of its window blocks it keeps those that a
+later query can still see, and its table says -1 for the others.
+
+Prefix reuse. A complete block becomes a node of the prefix index and never changes again; whoever computes
+the same block later shares it. When nobody holds it any more it stays cached until its memory is wanted: a
+block is free, cached or used. A sequence may resume after n cached blocks only if the full-attention blocks
+of all of them and the window blocks of the last `window - 1` positions are there. Recomputing only those
+positions would not do: their window keys in an upper layer depend on still earlier positions through the
+window layers below. So window blocks that end a prompt, end a sequence, or lie where two prompts were seen to
+part are kept longest ("warm"); those that merely left a window go first ("cold").
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from harmonium.engine.prefix import PrefixIndex, PrefixNode
+
+TokenIds = npt.NDArray[np.int32]
+
+ABSENT = -1
+"""In a block table: not allocated, or left the window."""
+
+
+class BlockPool:
+    """Blocks 0 to num_blocks - 1 of one kind: each is free, cached (a node's, held by nobody) or used."""
+
+    def __init__(self, num_blocks: int, on_evict: Callable[[PrefixNode], None]) -> None:
+        self.num_blocks = num_blocks
+        self.node_of: list[PrefixNode | None] = [None] * num_blocks
+        self.num_released = 0
+        self._holders = [0] * num_blocks
+        self._free = list(range(num_blocks - 1, -1, -1))
+        self._cold: OrderedDict[int, None] = OrderedDict()
+        self._warm: OrderedDict[int, None] = OrderedDict()
+        self._on_evict = on_evict
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_cached(self) -> int:
+        return len(self._cold) + len(self._warm)
+
+    @property
+    def num_used(self) -> int:
+        return self.num_blocks - self.num_available
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that `take` can give: the free and the cached."""
+        return len(self._free) + len(self._cold) + len(self._warm)
+
+    def is_used(self, block: int) -> bool:
+        return self._holders[block] > 0
+
+    def take(self) -> int:
+        """A block for one holder; the least recently used cached block is forgotten when none is free."""
+        if not self._free:
+            lru = self._cold or self._warm
+            block, _ = lru.popitem(last=False)
+            node = self.node_of[block]
+            assert node is not None, "a cached block belongs to a node"
+            self.node_of[block] = None
+            self._free.append(block)
+            self._on_evict(node)
+        block = self._free.pop()
+        self._holders[block] = 1
+        return block
+
+    def share(self, block: int) -> None:
+        """One more holder for a used or cached block."""
+        if self._holders[block] == 0:
+            self._drop_cached(block)
+        self._holders[block] += 1
+
+    def release(self, block: int, is_warm: bool = True) -> None:
+        """One holder less. A node's block without holders stays cached, another becomes free."""
+        assert self._holders[block] > 0, f"block {block} is released but nobody holds it"
+        self._holders[block] -= 1
+        if self._holders[block]:
+            return
+        self.num_released += 1
+        if self.node_of[block] is None:
+            self._free.append(block)
+        else:
+            (self._warm if is_warm else self._cold)[block] = None
+
+    def forget(self, block: int) -> None:
+        """Free a cached block whose node is gone."""
+        self._drop_cached(block)
+        self.node_of[block] = None
+        self._free.append(block)
+
+    def _drop_cached(self, block: int) -> None:
+        if self._warm.pop(block, ABSENT) is ABSENT:
+            del self._cold[block]
+
+    def check(self, holders: Iterable[int]) -> None:
+        """Assert that every block is in exactly one state, given each holding of each holder."""
+        counted = [0] * self.num_blocks
+        for block in holders:
+            counted[block] += 1
+        assert counted == self._holders, "a block's holders differ from the tables that name it"
+        cached = [*self._cold, *self._warm]
+        used = [block for block, count in enumerate(self._holders) if count]
+        assert sorted([*self._free, *cached, *used]) == list(range(self.num_blocks)), (
+            "free + cached + used != all"
+        )
+        assert all(self.node_of[block] is not None for block in cached), "a cached block without a node"
+        assert all(self.node_of[block] is None for block in self._free), "a free block with a node"
+
+
+class Lease:
+    """What one sequence holds of the cache.
+
+    row: its row in the block tables. num_computed: positions whose keys and values are in the cache.
+    num_blocks: blocks it has from the start of the table. window_start: first block that a query can still
+    see. nodes: its complete blocks in the prefix index. anchors: numbers of blocks after which it should stay
+    possible to resume. is_chained: False once a block could not enter the index; then none of the later can.
+    """
+
+    __slots__ = (
+        "anchors",
+        "is_chained",
+        "nodes",
+        "num_blocks",
+        "num_computed",
+        "row",
+        "salt",
+        "window_start",
+    )
+
+    def __init__(self, row: int, salt: str, is_chained: bool) -> None:
+        self.row = row
+        self.salt = salt
+        self.num_computed = 0
+        self.num_blocks = 0
+        self.window_start = 0
+        self.nodes: list[PrefixNode] = []
+        self.anchors: list[int] = []
+        self.is_chained = is_chained
+
+
+class PagedCache:
+    """Leases blocks of two pools to sequences.
+
+    full_block_SB, window_block_SB: int32 block tables, one row for each of max_sequences leases.
+    """
+
+    def __init__(
+        self,
+        num_full_blocks: int,
+        num_window_blocks: int,
+        *,
+        block_tokens: int,
+        window: int,
+        max_sequences: int,
+        max_tokens: int,
+        prefix_cache: bool = True,
+    ) -> None:
+        self.block_tokens = block_tokens
+        self.window = window
+        self.full = BlockPool(num_full_blocks, self._forget_node)
+        self.windowed = BlockPool(num_window_blocks, self._forget_window)
+        self.index = PrefixIndex()
+        self.num_hits = 0
+        self.num_hit_tokens = 0
+        self._reuses = prefix_cache
+        width = -(-max_tokens // block_tokens)
+        self.full_block_SB = np.full((max_sequences, width), ABSENT, np.int32)
+        self.window_block_SB = np.full((max_sequences, width), ABSENT, np.int32)
+        self._rows = list(range(max_sequences - 1, -1, -1))
+        self._leases: dict[int, Lease] = {}
+
+    @property
+    def window_blocks_before(self) -> int:
+        """Window blocks that must be there to resume at a block's end."""
+        return -(-(self.window - 1) // self.block_tokens)
+
+    def open(
+        self, token_ids: TokenIds, salt: str, num_prompt: int, reserve: int, reuses: bool = True
+    ) -> Lease | None:
+        """A lease for a sequence, with as much of its prefix as is cached; None while memory is short.
+
+        token_ids: the tokens it has, of which at least the last is left to compute. num_prompt: how many of
+        them are the prompt. reserve: full blocks that must stay available besides those the tokens need.
+        """
+        nodes, num_resumed = self._match(token_ids, salt) if reuses and self._reuses else ([], 0)
+        width = self.full_block_SB.shape[1]
+        num_needed = min(-(-(len(token_ids) + 1) // self.block_tokens), width) - num_resumed
+        num_taken = sum(not self.full.is_used(node.full_block) for node in nodes[:num_resumed])
+        if num_needed + num_taken + reserve > self.full.num_available or not self._rows:
+            return None
+        lease = Lease(self._rows.pop(), salt, is_chained=self._reuses)
+        self._leases[lease.row] = lease
+        lease.anchors.append((num_prompt - 1) // self.block_tokens)
+        if len(nodes) > num_resumed:
+            lease.anchors.append(len(nodes))
+        if num_resumed:
+            self._resume(lease, nodes[:num_resumed])
+        return lease
+
+    def _match(self, token_ids: TokenIds, salt: str) -> tuple[list[PrefixNode], int]:
+        """(nodes whose full blocks are cached, how many of them can be resumed after)."""
+        P = self.block_tokens
+        nodes: list[PrefixNode] = []
+        node: PrefixNode | None = None
+        for i in range((len(token_ids) - 1) // P):
+            node = self.index.find(node, salt, token_ids[i * P : (i + 1) * P].tobytes())
+            if node is None:
+                break
+            nodes.append(node)
+        needed = self.window_blocks_before
+        for num_resumed in range(len(nodes), 0, -1):
+            tail = nodes[max(0, num_resumed - needed) : num_resumed]
+            if all(node.window_block != ABSENT for node in tail):
+                return nodes, num_resumed
+        return nodes, 0
+
+    def _resume(self, lease: Lease, nodes: list[PrefixNode]) -> None:
+        n = len(nodes)
+        lease.nodes = nodes
+        lease.num_blocks = n
+        lease.num_computed = n * self.block_tokens
+        lease.window_start = self._first_visible(lease.num_computed)
+        for i, node in enumerate(nodes):
+            self.full.share(node.full_block)
+            self.full_block_SB[lease.row, i] = node.full_block
+        for i in range(lease.window_start, n):
+            self.windowed.share(nodes[i].window_block)
+            self.window_block_SB[lease.row, i] = nodes[i].window_block
+        self.num_hits += 1
+        self.num_hit_tokens += lease.num_computed
+
+    def _first_visible(self, position: int) -> int:
+        """The first block that a window query at this position, or a later one, can see."""
+        return max(0, position - self.window + 1) // self.block_tokens
+
+    def extend(self, lease: Lease, num_tokens: int) -> int:
+        """Take blocks for the next tokens of a sequence; how many of num_tokens there is room for."""
+        end = lease.num_computed + num_tokens
+        num_wanted = -(-end // self.block_tokens)
+        num_new = min(num_wanted - lease.num_blocks, self.full.num_available, self.windowed.num_available)
+        for i in range(lease.num_blocks, lease.num_blocks + num_new):
+            self.full_block_SB[lease.row, i] = self.full.take()
+            self.window_block_SB[lease.row, i] = self.windowed.take()
+        lease.num_blocks += max(0, num_new)
+        return min(end, lease.num_blocks * self.block_tokens) - lease.num_computed
+
+    def commit(self, lease: Lease, token_ids: TokenIds, num_tokens: int) -> None:
+        """num_tokens more are computed: index the complete blocks, give back what left the window."""
+        lease.num_computed += num_tokens
+        while lease.is_chained and (len(lease.nodes) + 1) * self.block_tokens <= lease.num_computed:
+            self._enter(lease, token_ids)
+        start = self._first_visible(lease.num_computed)
+        for i in range(lease.window_start, min(start, lease.num_blocks)):
+            is_warm = any(anchor - self.window_blocks_before <= i < anchor for anchor in lease.anchors)
+            self.windowed.release(int(self.window_block_SB[lease.row, i]), is_warm)
+            self.window_block_SB[lease.row, i] = ABSENT
+        lease.window_start = start
+
+    def _enter(self, lease: Lease, token_ids: TokenIds) -> None:
+        """Put the next complete block into the index, or share the one that is there and free ours."""
+        i, P = len(lease.nodes), self.block_tokens
+        parent = lease.nodes[-1] if lease.nodes else None
+        token_bytes = token_ids[i * P : (i + 1) * P].tobytes()
+        full, windowed = int(self.full_block_SB[lease.row, i]), int(self.window_block_SB[lease.row, i])
+        node = self.index.find(parent, lease.salt, token_bytes)
+        if node is None:
+            node = self.index.insert(parent, lease.salt, token_bytes, full, windowed)
+            if node is None:
+                lease.is_chained = False
+                return
+            self.full.node_of[full] = node
+            self.windowed.node_of[windowed] = node
+        else:
+            self.full.share(node.full_block)
+            self.full.release(full)
+            self.full_block_SB[lease.row, i] = node.full_block
+            if node.window_block == ABSENT:
+                node.window_block = windowed
+                self.windowed.node_of[windowed] = node
+            else:
+                self.windowed.share(node.window_block)
+                self.windowed.release(windowed)
+                self.window_block_SB[lease.row, i] = node.window_block
+        lease.nodes.append(node)
+
+    def close(self, lease: Lease) -> None:
+        """Give everything back. Last blocks first, so that a chain is forgotten from its end."""
+        for i in range(lease.num_blocks - 1, -1, -1):
+            self.full.release(int(self.full_block_SB[lease.row, i]))
+            if i >= lease.window_start:
+                self.windowed.release(int(self.window_block_SB[lease.row, i]))
+        self.full_block_SB[lease.row, : lease.num_blocks] = ABSENT
+        self.window_block_SB[lease.row, : lease.num_blocks] = ABSENT
+        del self._leases[lease.row]
+        self._rows.append(lease.row)
+
+    def _forget_node(self, node: PrefixNode) -> None:
+        self.index.remove(node)
+        if node.window_block != ABSENT:
+            # Who holds a window block holds the full block too, so this one is cached.
+            self.windowed.forget(node.window_block)
+            node.window_block = ABSENT
+
+    def _forget_window(self, node: PrefixNode) -> None:
+        node.window_block = ABSENT
+
+    def check(self) -> None:
+        """Assert every invariant of the books. For tests: it looks at every block."""
+        leases = self._leases.values()
+        rows = [lease.row for lease in leases]
+        assert sorted([*rows, *self._rows]) == list(range(len(self.full_block_SB))), "a table row is lost"
+        for pool, table in ((self.full, self.full_block_SB), (self.windowed, self.window_block_SB)):
+            pool.check(int(block) for block in table[table != ABSENT])
+            assert (table[self._rows] == ABSENT).all(), "a free table row names blocks"
+        for lease in leases:
+            n, start = lease.num_blocks, lease.window_start
+            full, windowed = self.full_block_SB[lease.row], self.window_block_SB[lease.row]
+            assert (full[:n] != ABSENT).all() and (full[n:] == ABSENT).all(), "full blocks have a gap"
+            assert (windowed[start:n] != ABSENT).all(), "a visible window block is missing"
+            assert (windowed[:start] == ABSENT).all() and (windowed[n:] == ABSENT).all(), (
+                "a window block is kept"
+            )
+            assert all(node in self.index for node in lease.nodes), "a held node left the index"
+        nodes = [node for node in self.full.node_of if node is not None]
+        assert len(nodes) == len(self.index), "a node without its block"
+        for node in nodes:
+            assert node in self.index and self.full.node_of[node.full_block] is node, (
+                "a node's full block is another's"
+            )
+            assert node.parent is None or node.parent in self.index, "a node outlived its parent"
+            assert node.window_block == ABSENT or self.windowed.node_of[node.window_block] is node

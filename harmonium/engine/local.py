@@ -1,0 +1,156 @@
+"""LocalEngine: many requests share one model in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+import numpy as np
+import numpy.typing as npt
+
+from harmonium.config import CACHE_BLOCK_TOKENS, EngineConfig
+from harmonium.engine.admission import check_request, check_token_ids
+from harmonium.engine.blocks import PagedCache
+from harmonium.engine.protocol import EngineInfo, Request, TokenEvent
+from harmonium.engine.scheduler import Scheduler
+from harmonium.engine.sequence import Sequence
+from harmonium.engine.worker import EngineStatistics, Stream, Worker
+from harmonium.errors import ConfigError, EngineClosed, EngineError, PromptTooLong, RequestError
+from harmonium.model.runner import Runner
+
+LOGITS_CHUNK_TOKENS = 16
+"""Rows of logits that one step returns: each is a float32 for every token of the vocabulary."""
+
+
+class LocalEngine:
+    """Serves requests from any number of threads and event loops with one Runner.
+
+    A thread of its own steps the model from the first request to `close`. An engine that is dropped without
+    `close` closes itself.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        *,
+        model_name: str,
+        context_length: int,
+        num_full_blocks: int,
+        num_window_blocks: int,
+        config: EngineConfig | None = None,
+    ) -> None:
+        """Take over a runner whose cache is allocated with these numbers of blocks; `close` closes it.
+
+        context_length: prompt plus answer, in tokens. config: max_sequences, max_batch_tokens (cut to the
+        runner's), max_queue and prefix_cache are read; None: the defaults.
+
+        Raises ConfigError when the cache could not hold one sequence of context_length tokens.
+        """
+        config = config or EngineConfig()
+        cache = PagedCache(
+            num_full_blocks,
+            num_window_blocks,
+            block_tokens=CACHE_BLOCK_TOKENS,
+            window=runner.config.window,
+            max_sequences=config.max_sequences,
+            max_tokens=context_length,
+            prefix_cache=config.prefix_cache,
+        )
+        least_full = -(-context_length // CACHE_BLOCK_TOKENS)
+        least_window = min(least_full, cache.window_blocks_before + 1)
+        for name, value, least in (
+            ("num_full_blocks", num_full_blocks, least_full),
+            ("num_window_blocks", num_window_blocks, least_window),
+        ):
+            if value < least:
+                raise ConfigError(
+                    f"{name} is {value:,}; one sequence of {context_length:,} tokens needs {least:,} "
+                    f"blocks of {CACHE_BLOCK_TOKENS} tokens"
+                )
+        scheduler = Scheduler(
+            cache, config.max_sequences, min(config.max_batch_tokens, runner.max_batch_tokens)
+        )
+        self._info = EngineInfo(model_name, context_length, runner.config.vocabulary_size, engine="local")
+        self._worker = Worker(scheduler, runner, config.max_sequences + config.max_queue)
+        self._finalizer = weakref.finalize(self, _shut_down, self._worker)
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    @property
+    def statistics(self) -> EngineStatistics:
+        """What the engine holds and did, as of its last step."""
+        return self._worker.statistics
+
+    def admit(self, request: Request) -> None:
+        """Check that the request can be served now. Nothing is reserved.
+
+        Raises PromptTooLong, RequestError for a request that could never be served; EngineBusy when
+        max_sequences + max_queue requests are here already; EngineClosed.
+        """
+        check_request(request, self._info)
+        self._worker.check_open()
+
+    async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
+        """Continue a sequence: events until one has a finish_reason. Closing the generator aborts the
+        request.
+
+        The request is queued when the first event is asked for; that raises what `admit` raises. A reader
+        that is slower than the model gets several tokens in an event.
+        """
+        check_request(request, self._info)
+        sequence = Sequence(request, self._info.context_length)
+        async with aclosing(self._events(sequence)) as events:
+            async for event in events:
+                yield event
+
+    async def _events(self, sequence: Sequence) -> AsyncGenerator[TokenEvent, None]:
+        stream = Stream()
+        self._worker.submit(sequence, stream)
+        try:
+            while True:
+                event = await stream.next()
+                yield event
+                if event.finish_reason is not None:
+                    return
+        finally:
+            self._worker.abort(sequence)
+
+    async def logits(self, token_ids: tuple[int, ...]) -> npt.NDArray[np.float32]:
+        """Logits after each of T tokens, float32 [T, V]; nothing is sampled and no cached prefix is used.
+
+        Waits its turn among the other requests. The result takes 4 * T * V bytes.
+
+        Raises PromptTooLong for more than context_length tokens, RequestError for none or one outside the
+        vocabulary, EngineBusy, EngineClosed, EngineError.
+        """
+        if not token_ids:
+            raise RequestError("token_ids is empty; expected at least one token")
+        if len(token_ids) > self._info.context_length:
+            raise PromptTooLong(
+                f"token_ids has {len(token_ids):,} tokens; the context is {self._info.context_length:,}"
+            )
+        check_token_ids(token_ids, self._info.vocabulary_size, "token_ids")
+        sequence = Sequence(Request("logits", token_ids), self._info.context_length, LOGITS_CHUNK_TOKENS)
+        async with aclosing(self._events(sequence)) as events:
+            async for event in events:
+                if event.finish_reason == "error":
+                    raise EngineError(event.error or "the step failed")
+                if event.finish_reason == "aborted":
+                    raise EngineClosed("the engine was closed before the logits were computed")
+        assert sequence.returned_logits is not None
+        return np.concatenate(sequence.returned_logits)
+
+    async def close(self) -> None:
+        """End running requests with "aborted", then thread and runner. A second call does nothing."""
+        self._worker.stop()
+        await asyncio.to_thread(self._worker.join)
+        self._finalizer.detach()
+
+
+def _shut_down(worker: Worker) -> None:
+    worker.stop()
+    worker.join()

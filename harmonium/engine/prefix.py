@@ -1,0 +1,85 @@
+"""Which token blocks the cache knows: a chain of hashes, each over its parent's hash and one block's token
+ids.
+
+A hash only finds a candidate. The candidate is used after its parent, its salt and its token ids have been
+compared, so two prompts whose hashes collide never read each other's keys and values.
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+
+DIGEST_BYTES = 16
+
+
+class PrefixNode:
+    """One complete block of tokens at one place in a chain, and the cache blocks that hold its keys and
+    values.
+
+    parent: the block before it, None for a first block. salt: chains with different salts never meet.
+    token_bytes: the block's token ids, int32. full_block: block of the full-attention pool; a node lives as
+    long as that block does. window_block: block of the window pool, -1 when it has been given away.
+    """
+
+    __slots__ = ("digest", "full_block", "parent", "salt", "token_bytes", "window_block")
+
+    def __init__(
+        self,
+        digest: bytes,
+        parent: PrefixNode | None,
+        salt: str,
+        token_bytes: bytes,
+        full_block: int,
+        window_block: int,
+    ) -> None:
+        self.digest = digest
+        self.parent = parent
+        self.salt = salt
+        self.token_bytes = token_bytes
+        self.full_block = full_block
+        self.window_block = window_block
+
+    def holds(self, parent: PrefixNode | None, salt: str, token_bytes: bytes) -> bool:
+        """Whether this is that block and no other of the same hash."""
+        return self.parent is parent and self.token_bytes == token_bytes and self.salt == salt
+
+
+def chain_digest(parent: PrefixNode | None, salt: str, token_bytes: bytes) -> bytes:
+    """Hash of a block: over its parent's hash (over the salt, for a first block) and its token ids."""
+    before = (
+        parent.digest if parent is not None else blake2b(salt.encode(), digest_size=DIGEST_BYTES).digest()
+    )
+    return blake2b(before + token_bytes, digest_size=DIGEST_BYTES).digest()
+
+
+class PrefixIndex:
+    """All nodes by their hash."""
+
+    def __init__(self) -> None:
+        self._node_of: dict[bytes, PrefixNode] = {}
+
+    def __len__(self) -> int:
+        return len(self._node_of)
+
+    def __contains__(self, node: PrefixNode) -> bool:
+        return self._node_of.get(node.digest) is node
+
+    def find(self, parent: PrefixNode | None, salt: str, token_bytes: bytes) -> PrefixNode | None:
+        """The node that holds exactly this block in this chain, or None."""
+        node = self._node_of.get(chain_digest(parent, salt, token_bytes))
+        return node if node is not None and node.holds(parent, salt, token_bytes) else None
+
+    def insert(
+        self, parent: PrefixNode | None, salt: str, token_bytes: bytes, full_block: int, window_block: int
+    ) -> PrefixNode | None:
+        """Add a block that `find` did not find. None when another block of the same hash is in its place."""
+        digest = chain_digest(parent, salt, token_bytes)
+        if digest in self._node_of:
+            return None
+        node = PrefixNode(digest, parent, salt, token_bytes, full_block, window_block)
+        self._node_of[digest] = node
+        return node
+
+    def remove(self, node: PrefixNode) -> None:
+        """Take out a node that is in."""
+        del self._node_of[node.digest]

@@ -1,0 +1,209 @@
+"""Which tokens the next step computes.
+
+Continuous batching: every step takes one token of each sequence that decodes, then fills what is left of
+max_batch_tokens with prefill, first of the sequences that run already, then of those that wait, in order of
+arrival. When blocks run out, the sequence that arrived last goes back to the head of the queue with its
+tokens kept; it never takes a block from one that arrived before it, so the oldest always gets on.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from harmonium.engine.blocks import PagedCache
+from harmonium.engine.protocol import FinishReason
+from harmonium.engine.sequence import Sequence
+from harmonium.model.batch import Batch, RowSampling, SampledToken, StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The next num_tokens tokens of a sequence, as one step computes them."""
+
+    sequence: Sequence
+    num_tokens: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether nothing is left to compute after it, so that its last row gives the next token."""
+        return self.num_tokens == self.sequence.num_pending
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a step did for one sequence that got a token or ended."""
+
+    sequence: Sequence
+    token: SampledToken | None
+    finish_reason: FinishReason | None
+
+
+class Scheduler:
+    """Sequences that wait and run. It changes the books of its cache; it never computes."""
+
+    def __init__(self, cache: PagedCache, max_sequences: int, max_batch_tokens: int) -> None:
+        self.cache = cache
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        # Each running sequence that decodes needs a token of every step.
+        self._max_running = min(max_sequences, max_batch_tokens)
+        self._max_batch_tokens = max_batch_tokens
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    def add(self, sequence: Sequence) -> None:
+        """Put a sequence at the end of the queue."""
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take out a sequence, wherever it is, and give its blocks back."""
+        if sequence.lease is not None:
+            self.running.remove(sequence)
+            self._close(sequence)
+        else:
+            self.waiting.remove(sequence)
+
+    def schedule(self) -> list[Chunk]:
+        """Choose the next step and take the blocks that it writes to. Empty only when there is no work."""
+        chunks: list[Chunk] = []
+        num_left = self._max_batch_tokens
+        is_short = False
+        for is_prefill in (False, True):
+            for sequence in [s for s in self.running if (s.num_pending > 1) is is_prefill]:
+                if sequence.lease is None:
+                    continue  # preempted a moment ago
+                wanted = min(sequence.num_pending, sequence.chunk_limit, num_left)
+                num_tokens = self._extend(sequence, wanted, chunks)
+                is_short = is_short or num_tokens < wanted
+                if num_tokens:
+                    chunks.append(Chunk(sequence, num_tokens))
+                    num_left -= num_tokens
+        while not is_short and self.waiting and num_left and len(self.running) < self._max_running:
+            chunk, is_short = self._admit(num_left)
+            if chunk is not None:
+                chunks.append(chunk)
+                num_left -= chunk.num_tokens
+        assert chunks or not self.has_work, "there is work but no step"
+        return chunks
+
+    def _extend(self, sequence: Sequence, wanted: int, chunks: list[Chunk]) -> int:
+        """Take blocks for the next tokens, preempting later arrivals while there is room for none of them."""
+        assert sequence.lease is not None
+        num_tokens = self.cache.extend(sequence.lease, wanted)
+        while not num_tokens and wanted:
+            last = self.running[-1]
+            if last is sequence or any(chunk.sequence is last for chunk in chunks):
+                return 0
+            self._preempt(last)
+            num_tokens = self.cache.extend(sequence.lease, wanted)
+        return num_tokens
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._close(sequence)
+        self.waiting.appendleft(sequence)
+        self.num_preemptions += 1
+
+    def _close(self, sequence: Sequence) -> None:
+        assert sequence.lease is not None
+        self.cache.close(sequence.lease)
+        sequence.lease = None
+
+    def _admit(self, num_left: int) -> tuple[Chunk | None, bool]:
+        """Start the first that waits. (its chunk or None, whether blocks were too few for all it asked)."""
+        sequence = self.waiting[0]
+        if sequence.blocked_at == self.cache.full.num_released:
+            return None, True  # nothing was given back since it last found no room
+        lease = self.cache.open(
+            sequence.token_ids,
+            sequence.request.cache_salt,
+            sequence.num_prompt,
+            reserve=len(self.running),  # a block for each that runs: or the newcomer would soon be preempted
+            reuses=sequence.returned_logits is None,
+        )
+        if lease is None:
+            sequence.blocked_at = self.cache.full.num_released
+            return None, True
+        wanted = min(sequence.num_tokens - lease.num_computed, sequence.chunk_limit, num_left)
+        num_tokens = self.cache.extend(lease, wanted)
+        if not num_tokens:
+            self.cache.close(lease)
+            return None, True
+        sequence.lease = lease
+        if sequence.num_cached_tokens is None:
+            sequence.num_cached_tokens = lease.num_computed
+        self.running.append(self.waiting.popleft())
+        return Chunk(sequence, num_tokens), num_tokens < wanted
+
+    def commit(self, chunks: list[Chunk], result: StepResult) -> list[Progress]:
+        """Take a step's result: append tokens, give back what left the window, remove what ended."""
+        progress: list[Progress] = []
+        row = 0
+        for chunk in chunks:
+            sequence, is_last, first_row = chunk.sequence, chunk.is_last, row
+            row += _num_rows(chunk)
+            assert sequence.lease is not None
+            self.cache.commit(sequence.lease, sequence.token_ids, chunk.num_tokens)
+            if sequence.returned_logits is not None:
+                assert result.logits_RV is not None
+                sequence.returned_logits.append(result.logits_RV[first_row:row].copy())
+                if is_last:
+                    progress.append(Progress(sequence, None, "length"))
+            elif is_last:
+                token = result.tokens[first_row]
+                assert token is not None
+                progress.append(Progress(sequence, token, sequence.append(token.token_id)))
+        for done in progress:
+            if done.finish_reason is not None:
+                self.remove(done.sequence)
+        return progress
+
+
+def _num_rows(chunk: Chunk) -> int:
+    """Rows of logits that a chunk needs."""
+    if chunk.sequence.returned_logits is not None:
+        return chunk.num_tokens
+    return int(chunk.is_last)
+
+
+def build_batch(chunks: list[Chunk], cache: PagedCache) -> Batch:
+    """The arrays of a step. Costs the same at every context length but for the copy of the table rows."""
+    num_tokens = np.array([chunk.num_tokens for chunk in chunks], np.int32)
+    start = np.array([chunk.sequence.num_computed for chunk in chunks], np.int32)
+    query_start = np.zeros(len(chunks) + 1, np.int32)
+    np.cumsum(num_tokens, out=query_start[1:])
+    token_id = np.empty(query_start[-1], np.int32)
+    logit_row: list[int] = []
+    sampling: list[RowSampling | None] = []
+    rows: list[int] = []
+    for i, chunk in enumerate(chunks):
+        sequence = chunk.sequence
+        assert sequence.lease is not None
+        rows.append(sequence.lease.row)
+        first, end = int(query_start[i]), int(query_start[i + 1])
+        computed = sequence.lease.num_computed
+        token_id[first:end] = sequence.token_ids[computed : computed + chunk.num_tokens]
+        if sequence.returned_logits is not None:
+            logit_row.extend(range(first, end))
+            sampling.extend([None] * chunk.num_tokens)
+        elif chunk.is_last:
+            logit_row.append(end - 1)
+            sampling.append(sequence.row_sampling())
+    width = -(-int((start + num_tokens).max()) // cache.block_tokens)
+    return Batch(
+        token_id_T=token_id,
+        position_T=np.arange(len(token_id), dtype=np.int32) + np.repeat(start - query_start[:-1], num_tokens),
+        query_start_S1=query_start,
+        context_length_S=start + num_tokens,
+        full_block_SB=cache.full_block_SB[rows, :width],
+        window_block_SB=cache.window_block_SB[rows, :width],
+        logit_row_R=np.array(logit_row, np.int32),
+        sampling=tuple(sampling),
+        wants_logits=any(chunk.sequence.returned_logits is not None for chunk in chunks),
+    )

@@ -1,0 +1,136 @@
+"""One request while it is served: its tokens, where it stands, and what its sampling needs."""
+
+from __future__ import annotations
+
+import secrets
+import struct
+from hashlib import blake2b
+
+import numpy as np
+import numpy.typing as npt
+
+from harmonium.engine.blocks import Lease
+from harmonium.engine.protocol import FinishReason, Request
+from harmonium.model.batch import RowSampling, SamplingParams
+
+_GROWTH = 256
+"""Token ids that a sequence's array has room for beyond its prompt at first; it doubles from there."""
+
+
+def draw_uniform(seed: int, position: int) -> float:
+    """The random number in [0, 1) that chooses the token at a position.
+
+    A function of seed and position alone, so that batching, chunking and preemption change no draw.
+    """
+    digest = blake2b(
+        struct.pack("<QQ", seed & (2**64 - 1), position), digest_size=8, person=b"harmonium draw"
+    ).digest()
+    return float(int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+class AnswerCounts:
+    """How often each token id came in an answer, kept up token by token."""
+
+    def __init__(self) -> None:
+        self._place_of: dict[int, int] = {}
+        self._token_ids = np.zeros(16, np.int32)
+        self._counts = np.zeros(16, np.int32)
+
+    def add(self, token_id: int) -> None:
+        """Count one more token."""
+        place = self._place_of.setdefault(token_id, len(self._place_of))
+        if place == len(self._token_ids):
+            self._token_ids = np.concatenate([self._token_ids, np.zeros_like(self._token_ids)])
+            self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
+        self._token_ids[place] = token_id
+        self._counts[place] += 1
+
+    @property
+    def token_ids(self) -> npt.NDArray[np.int32]:
+        """Each token id once, in order of first appearance."""
+        return self._token_ids[: len(self._place_of)]
+
+    @property
+    def counts(self) -> npt.NDArray[np.int32]:
+        """How often each of `token_ids` came."""
+        return self._counts[: len(self._place_of)]
+
+
+class Sequence:
+    """A request's tokens and where it stands. Compared by identity.
+
+    max_total: tokens, prompt included, at which it ends with "length". num_cached_tokens: prompt tokens that
+    came from the prefix cache when it first ran. lease: what it holds of the cache, None while it waits.
+    blocked_at: the pool's release count when it last found no room (see Scheduler). chunk_limit: most tokens
+    that one step computes of it. returned_logits: None, or a list that collects float32 [t, V], all its
+    positions' logits; nothing is sampled then.
+    """
+
+    __slots__ = (
+        "_counts", "_prompt_token_ids", "_token_ids", "blocked_at", "chunk_limit", "lease", "max_total",
+        "num_cached_tokens", "num_prompt", "num_tokens", "request", "returned_logits", "seed",
+    )  # fmt: skip
+
+    def __init__(self, request: Request, context_length: int, logits_chunk: int = 0) -> None:
+        self.request = request
+        params = request.sampling
+        self.seed = params.seed if params.seed is not None else secrets.randbits(64)
+        self.num_prompt = self.num_tokens = len(request.token_ids)
+        answer_limit = params.max_tokens if params.max_tokens is not None else context_length
+        self.max_total = min(context_length, self.num_prompt + answer_limit)
+        self._token_ids = np.zeros(
+            min(self.num_prompt + _GROWTH, max(self.max_total, self.num_prompt)), np.int32
+        )
+        self._token_ids[: self.num_prompt] = request.token_ids
+        self.num_cached_tokens: int | None = None
+        self.lease: Lease | None = None
+        self.blocked_at = -1
+        self.chunk_limit = logits_chunk or context_length
+        self.returned_logits: list[npt.NDArray[np.float32]] | None = [] if logits_chunk else None
+        self._prompt_token_ids = np.unique(self.token_ids) if params.repetition_penalty != 1.0 else None
+        self._counts = AnswerCounts() if _has_penalty(params) else None
+
+    @property
+    def token_ids(self) -> npt.NDArray[np.int32]:
+        """All tokens so far; a view."""
+        return self._token_ids[: self.num_tokens]
+
+    @property
+    def num_computed(self) -> int:
+        """Positions whose keys and values are in the cache."""
+        return self.lease.num_computed if self.lease is not None else 0
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that the next logits wait for: 1 in decode, more in prefill."""
+        return self.num_tokens - self.num_computed
+
+    def append(self, token_id: int) -> FinishReason | None:
+        """Take the next token of the answer; why the sequence ends with it, or None."""
+        if self.num_tokens == len(self._token_ids):
+            room = min(2 * self.num_tokens, self.max_total)
+            self._token_ids = np.concatenate([self._token_ids, np.zeros(room - self.num_tokens, np.int32)])
+        self._token_ids[self.num_tokens] = token_id
+        self.num_tokens += 1
+        if self._counts is not None:
+            self._counts.add(token_id)
+        if token_id in self.request.stop_token_ids and not self.request.sampling.ignore_stop:
+            return "stop"
+        return "length" if self.num_tokens >= self.max_total else None
+
+    def row_sampling(self) -> RowSampling:
+        """What the sampler needs to choose this sequence's next token."""
+        counts = self._counts
+        return RowSampling(
+            params=self.request.sampling,
+            uniform=draw_uniform(self.seed, self.num_tokens),
+            prompt_token_ids=self._prompt_token_ids,
+            answer_token_ids=counts.token_ids if counts is not None else None,
+            answer_counts=counts.counts if counts is not None else None,
+        )
+
+
+def _has_penalty(params: SamplingParams) -> bool:
+    return (
+        params.presence_penalty != 0.0 or params.frequency_penalty != 0.0 or params.repetition_penalty != 1.0
+    )
