@@ -117,7 +117,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """The token chosen for one row. top_logprobs: (token id, log-probability), best first; empty unless asked."""
+    """The chosen token. top_logprobs: (token id, log-probability), best first; empty unless asked."""
 
     token_id: int
     logprob: float | None = None

@@ -1,0 +1,265 @@
+"""Memory is planned before it is taken: weights, cache and scratch against what this process may use."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from harmonium.checkpoint.model_config import LayerKind, ModelConfig
+from harmonium.config import CACHE_BLOCK_TOKENS, EngineConfig, Weights
+from harmonium.errors import ConfigError, MemoryPlanError
+
+AUTO_CONTEXT_TOKENS = 8192
+"""Longest context that is chosen unasked: 0.2 GB of cache for a 20b."""
+
+SHORTEST_AUTO_CONTEXT_TOKENS = 512
+"""A context below this is not chosen unasked: a system message and a question would hardly fit."""
+
+SHARED_CONTEXTS = 4
+"""Whole contexts that the cache holds when memory allows: for several sequences and kept prefixes."""
+
+MAX_LOGIT_ROWS = 16
+"""Rows of logits that scratch holds at once; more are computed in turns."""
+
+EMBEDDING_ROWS_KEPT = 1024
+"""Embedding rows gathered before the map's pages are given back."""
+
+_FAULT_AROUND_BYTES = 64 << 10
+"""What Linux maps for one fault in a cached file (fault_around_bytes)."""
+
+PROCESS_BYTES = 170 << 20
+"""Interpreter, libraries, vocabulary, thread stacks: docs/numerics.md says how it was measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Where the memory of a process that serves a model goes, in bytes.
+
+    expert_bytes: mapped, used where it lies in the files. dense_bytes: qkv, out and unembedding as `weights`
+    holds them, and the small tensors. embedding_bytes: pages of the embedding that are mapped at a time.
+    process_bytes: everything that is there without a model. limit_bytes: what the process may use.
+    """
+
+    context_length: int
+    num_full_blocks: int
+    num_window_blocks: int
+    expert_bytes: int
+    dense_bytes: int
+    embedding_bytes: int
+    full_cache_bytes: int
+    window_cache_bytes: int
+    scratch_bytes: int
+    process_bytes: int
+    limit_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return (
+            self.expert_bytes
+            + self.dense_bytes
+            + self.embedding_bytes
+            + self.full_cache_bytes
+            + self.window_cache_bytes
+            + self.scratch_bytes
+            + self.process_bytes
+        )
+
+
+def plan_memory(
+    config: ModelConfig,
+    expert_format: str,
+    engine_config: EngineConfig,
+    memory_limit_bytes: int,
+    threads: int = 1,
+) -> MemoryPlan:
+    """Settle the context length and the cache, and count the bytes. Pure.
+
+    expert_format: "mxfp4" or "bf16". Raises ConfigError for a context longer than the model's,
+    MemoryPlanError for a plan that does not fit (it says what is needed, what there is, and what to change).
+    """
+    wanted = engine_config.context_length
+    if wanted is not None and wanted > config.max_context:
+        raise ConfigError(
+            f"context_length is {wanted:,}; this model's longest context is {config.max_context:,}"
+        )
+    longest = min(AUTO_CONTEXT_TOKENS, config.max_context) if wanted is None else wanted
+    plan = _plan(config, expert_format, engine_config, memory_limit_bytes, threads, longest)
+    if plan.total_bytes <= memory_limit_bytes:
+        return plan
+    if wanted is None:
+        fitting = _longest_fitting(config, expert_format, engine_config, memory_limit_bytes, threads, longest)
+        if fitting is not None and fitting.context_length >= min(SHORTEST_AUTO_CONTEXT_TOKENS, longest):
+            return fitting
+    raise MemoryPlanError(_refusal(plan, config, expert_format, engine_config, threads))
+
+
+def block_bytes(config: ModelConfig, kind: LayerKind) -> int:
+    """One block of keys and values (bf16) of every layer of that kind."""
+    numbers = config.num_kv_heads * config.head_size * CACHE_BLOCK_TOKENS
+    return config.layer_kinds.count(kind) * 2 * numbers * 2
+
+
+def dense_bytes(config: ModelConfig, weights: Weights) -> int:
+    """qkv, out and unembedding as they are held; biases, norms, sinks and routers as in the files."""
+    D, HK = config.hidden_size, config.num_heads * config.head_size
+    fused = HK + 2 * config.num_kv_heads * config.head_size
+    matrix = int8_weight_bytes if weights == "int8" else _bf16_bytes
+    layer = matrix(fused, D) + matrix(D, HK)
+    small = fused + D + config.num_heads + 2 * D + config.num_experts * (D + 1)
+    small += config.num_experts * (2 * config.expert_size + D)
+    return config.num_layers * (layer + 2 * small) + matrix(config.vocabulary_size, D) + 2 * D
+
+
+def int8_weight_bytes(num_outputs: int, num_inputs: int) -> int:
+    """An int8 matrix in panels of 16 outputs: a byte a weight and a bf16 scale per 32 inputs."""
+    num_blocks = math.ceil(num_inputs / 32)
+    panel = num_blocks * 512 + math.ceil(num_blocks * 32 / 64) * 64
+    return math.ceil(num_outputs / 16) * panel
+
+
+def _bf16_bytes(num_outputs: int, num_inputs: int) -> int:
+    return 2 * num_outputs * num_inputs
+
+
+def expert_bytes(config: ModelConfig, expert_format: str) -> int:
+    """All experts' matrices as they lie in the files: MXFP4 takes 17 bytes per 32 weights."""
+    weights = config.num_layers * config.num_experts * 3 * config.expert_size * config.hidden_size
+    return weights * 2 if expert_format == "bf16" else weights // 32 * 17
+
+
+def step_scratch_bytes(config: ModelConfig, max_batch_tokens: int) -> int:
+    """What NativeRunner takes for a step: hidden and normed rows, qkv, mixed heads, routes, logits."""
+    HK = config.num_heads * config.head_size
+    row = 2 * config.hidden_size + HK + 2 * config.num_kv_heads * config.head_size + HK
+    row += 2 * config.num_active_experts
+    logits = min(MAX_LOGIT_ROWS, max_batch_tokens) * config.vocabulary_size
+    return 4 * (max_batch_tokens * row + logits)
+
+
+def kernel_scratch_bytes(config: ModelConfig, max_batch_tokens: int, threads: int) -> int:
+    """What kernels keep between calls: quantized activations, the experts' units, tiles of each thread."""
+    A, D, F = config.num_active_experts, config.hidden_size, config.expert_size
+    activations = max_batch_tokens * (D + config.num_heads * config.head_size) * 5 // 4
+    experts = max_batch_tokens * A * (4 * F + F * 5 // 4 + 4 * D)
+    return activations + experts + threads * (4 << 20)
+
+
+def _window_blocks(config: ModelConfig, engine_config: EngineConfig, context_length: int) -> int:
+    """Every sequence's window, what one step writes (twice: a chunk's blocks are freed after the next was
+    placed), and as many windows again for kept prefixes.
+    """
+    if "window" not in config.layer_kinds:
+        return 0
+    sequences, step = engine_config.max_sequences, engine_config.max_batch_tokens
+    window = math.ceil(config.window / CACHE_BLOCK_TOKENS) + 2
+    pool = sequences * window + 2 * (math.ceil(step / CACHE_BLOCK_TOKENS) + 1)
+    if engine_config.prefix_cache:
+        pool += sequences * window
+    whole = math.ceil((config.window + step) / CACHE_BLOCK_TOKENS) + 2
+    whole = min(whole, math.ceil(context_length / CACHE_BLOCK_TOKENS) + 1)
+    return max(whole, min(pool, sequences * whole))
+
+
+def _plan(
+    config: ModelConfig,
+    expert_format: str,
+    engine_config: EngineConfig,
+    memory_limit_bytes: int,
+    threads: int,
+    context_length: int,
+) -> MemoryPlan:
+    step = engine_config.max_batch_tokens
+    row_pages = _FAULT_AROUND_BYTES + 2 * config.hidden_size
+    num_window_blocks = _window_blocks(config, engine_config, context_length)
+    table = 2 * config.vocabulary_size * config.hidden_size
+    scratch = step_scratch_bytes(config, step) + kernel_scratch_bytes(config, step, threads)
+    plan = MemoryPlan(
+        context_length=context_length,
+        num_full_blocks=0,
+        num_window_blocks=num_window_blocks,
+        expert_bytes=expert_bytes(config, expert_format),
+        dense_bytes=dense_bytes(config, engine_config.weights),
+        embedding_bytes=min(table, EMBEDDING_ROWS_KEPT * row_pages),
+        full_cache_bytes=0,
+        window_cache_bytes=num_window_blocks * block_bytes(config, "window"),
+        scratch_bytes=scratch,
+        process_bytes=PROCESS_BYTES,
+        limit_bytes=memory_limit_bytes,
+    )
+    one_context = math.ceil(context_length / CACHE_BLOCK_TOKENS)
+    wanted = one_context * min(engine_config.max_sequences, SHARED_CONTEXTS)
+    block = block_bytes(config, "full")
+    # Half of what is left at most: the rest is the file cache's, and other programs'.
+    affordable = max(0, memory_limit_bytes - plan.total_bytes) // 2 // block if block else wanted
+    num_full_blocks = max(one_context, min(wanted, affordable))
+    return replace(plan, num_full_blocks=num_full_blocks, full_cache_bytes=num_full_blocks * block)
+
+
+def _longest_fitting(
+    config: ModelConfig,
+    expert_format: str,
+    engine_config: EngineConfig,
+    memory_limit_bytes: int,
+    threads: int,
+    longest: int,
+) -> MemoryPlan | None:
+    """The plan with the longest context, in whole blocks, that fits; None when one block does not."""
+    low, high = 0, longest // CACHE_BLOCK_TOKENS
+    best = None
+    while low < high:
+        middle = (low + high + 1) // 2
+        plan = _plan(
+            config, expert_format, engine_config, memory_limit_bytes, threads, middle * CACHE_BLOCK_TOKENS
+        )
+        if plan.total_bytes <= memory_limit_bytes:
+            low, best = middle, plan
+        else:
+            high = middle - 1
+    return best
+
+
+def _refusal(
+    plan: MemoryPlan, config: ModelConfig, expert_format: str, engine_config: EngineConfig, threads: int
+) -> str:
+    """The numbers, and every change that would make the plan fit."""
+
+    def fitting(changed: EngineConfig) -> MemoryPlan | None:
+        return _longest_fitting(
+            config, expert_format, changed, plan.limit_bytes, threads, plan.context_length
+        )
+
+    advice = []
+    shorter = fitting(engine_config)
+    if shorter is not None:
+        advice.append(f"a context of at most {shorter.context_length:,} tokens")
+    if engine_config.max_sequences > 1 and _fits_whole(
+        fitting(replace(engine_config, max_sequences=1)), plan
+    ):
+        advice.append("fewer sequences at a time")
+    if engine_config.max_batch_tokens > 64 and _fits_whole(
+        fitting(replace(engine_config, max_batch_tokens=64)), plan
+    ):
+        advice.append("fewer tokens in a step")
+    if engine_config.weights == "bf16" and fitting(replace(engine_config, weights="int8")) is not None:
+        advice.append("weights int8")
+    remedy = (
+        "would fit: " + ", or ".join(advice) if advice else "no setting makes it fit: it needs more memory"
+    )
+    weights = plan.expert_bytes + plan.dense_bytes + plan.embedding_bytes
+    cache = plan.full_cache_bytes + plan.window_cache_bytes
+    return (
+        f"the model needs {_gb(plan.total_bytes)} and this process may use {_gb(plan.limit_bytes)} "
+        f"(weights {_gb(weights)}, cache for {plan.context_length:,} tokens {_gb(cache)}, "
+        f"scratch {_gb(plan.scratch_bytes)}, process {_gb(plan.process_bytes)}); {remedy}"
+    )
+
+
+def _fits_whole(plan: MemoryPlan | None, wanted: MemoryPlan) -> bool:
+    return (
+        plan is not None
+        and plan.context_length >= wanted.context_length // CACHE_BLOCK_TOKENS * CACHE_BLOCK_TOKENS
+    )
+
+
+def _gb(size_bytes: int) -> str:
+    return f"{size_bytes / 1e9:.2f} GB"
