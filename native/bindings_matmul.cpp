@@ -1,2 +1,254 @@
+// Python's side of the matrix kernels: checks every array, then releases the GIL and calls a driver of matmul.h.
 #include "bindings.h"
-namespace harmonium { void bind_matmul(nb::module_&) {} }
+#include "matmul.h"
+
+#include <nanobind/stl/string.h>
+#include <sys/mman.h>
+
+#include <cstdlib>
+#include <initializer_list>
+#include <new>
+
+namespace harmonium {
+
+namespace {
+
+template <typename T>
+struct Format;
+template <>
+struct Format<float> {
+  static constexpr char code = 'f';
+  static constexpr const char* name = "float32";
+};
+template <>
+struct Format<std::int32_t> {
+  static constexpr char code = 'i';
+  static constexpr const char* name = "int32";
+};
+template <>
+struct Format<std::uint16_t> {
+  static constexpr char code = 'H';
+  static constexpr const char* name = "uint16";
+};
+template <>
+struct Format<std::uint8_t> {
+  static constexpr char code = 'B';
+  static constexpr const char* name = "uint8";
+};
+
+enum class Access { read, write };
+
+// An argument's memory, checked through the buffer protocol so that the error can name it. The caller's reference
+// keeps the memory while the call lasts.
+template <typename T>
+class Array {
+ public:
+  Array(nb::handle object, const char* name, int rank, Access access = Access::read) : name_(name), rank_(rank) {
+    Py_buffer view;
+    const std::string expected = std::string("; expected a C-contiguous ") + Format<T>::name + " array of rank " + std::to_string(rank);
+    if (PyObject_GetBuffer(object.ptr(), &view, PyBUF_FORMAT | PyBUF_STRIDES) != 0) {
+      PyErr_Clear();
+      fail(std::string("is a ") + Py_TYPE(object.ptr())->tp_name + expected);
+    }
+    const std::string format = view.format ? view.format : "B";
+    const bool typed = format.size() == 1 && format[0] == Format<T>::code;
+    const bool contiguous = PyBuffer_IsContiguous(&view, 'C') != 0;
+    const bool writable = !view.readonly;
+    const int found_rank = view.ndim;
+    data_ = static_cast<T*>(view.buf);
+    for (int i = 0; i < found_rank && i < 4; ++i) shape_[i] = view.shape[i];
+    PyBuffer_Release(&view);
+    if (!typed) fail("has the element format '" + format + "'" + expected);
+    if (found_rank != rank) fail("has rank " + std::to_string(found_rank) + expected);
+    if (!contiguous) fail("is not contiguous" + expected);
+    if (access == Access::write && !writable) fail("is read-only; expected an array that can be written");
+  }
+
+  T* data() const { return data_; }
+  std::int64_t shape(int axis) const { return shape_[axis]; }
+
+  // Raise unless the shape is this; -1 allows any size.
+  void expect(std::initializer_list<std::int64_t> sizes) const {
+    int axis = 0;
+    for (const std::int64_t size : sizes) {
+      if (size >= 0 && shape_[axis] != size) {
+        fail("has size " + std::to_string(shape_[axis]) + " along axis " + std::to_string(axis) + "; expected " + std::to_string(size));
+      }
+      ++axis;
+    }
+  }
+
+  [[noreturn]] void fail(const std::string& what) const { throw nb::value_error((std::string(name_) + " " + what).c_str()); }
+
+ private:
+  const char* name_;
+  int rank_;
+  T* data_ = nullptr;
+  std::int64_t shape_[4] = {};
+};
+
+// Bias may be None.
+const std::uint16_t* bias_data(nb::handle object, std::int64_t size) {
+  if (object.is_none()) return nullptr;
+  const Array<std::uint16_t> bias(object, "bias", 1);
+  bias.expect({size});
+  return bias.data();
+}
+
+void check_blocks(std::int64_t num_inputs, const char* name) {
+  require(num_inputs >= kBlock && num_inputs % kBlock == 0,
+          std::string(name) + " has " + std::to_string(num_inputs) + " inputs; expected a multiple of 32");
+}
+
+Activations parse_activations(const std::string& name) {
+  if (name == "int8") return Activations::int8;
+  require(name == "bf16", "activations is '" + name + "'; expected 'int8' or 'bf16'");
+  return Activations::bf16;
+}
+
+// x [T, K] and out [T, N] against a weight; then the product without the GIL.
+void run_linear(nb::handle x_object, Weight weight, nb::handle bias, nb::handle out_object, Activations activations, bool add) {
+  const Array<float> x(x_object, "x", 2), out(out_object, "out", 2, Access::write);
+  x.expect({-1, weight.num_inputs});
+  out.expect({x.shape(0), weight.num_outputs});
+  weight.bias = bias_data(bias, weight.num_outputs);
+  nb::gil_scoped_release release;
+  linear(x.data(), x.shape(0), weight, activations, add, out.data());
+}
+
+void bind_quantize_weight(nb::handle weight_object, nb::handle panels_object) {
+  const Array<std::uint16_t> weight(weight_object, "weight", 2);
+  const Array<std::uint8_t> panels(panels_object, "panels", 2, Access::write);
+  check_blocks(weight.shape(1), "weight");
+  panels.expect({(weight.shape(0) + kPanelRows - 1) / kPanelRows, panel_bytes(weight.shape(1) / kBlock)});
+  nb::gil_scoped_release release;
+  quantize_weight(weight.data(), weight.shape(0), weight.shape(1), panels.data());
+}
+
+void bind_linear_int8(nb::handle x, nb::handle panels_object, std::int64_t num_outputs, nb::handle bias, nb::handle out, bool add) {
+  const Array<float> activations(x, "x", 2);
+  check_blocks(activations.shape(1), "x");
+  const Array<std::uint8_t> panels(panels_object, "panels", 2);
+  panels.expect({(num_outputs + kPanelRows - 1) / kPanelRows, panel_bytes(activations.shape(1) / kBlock)});
+  const Weight weight{Weight::Kind::panels, panels.data(), nullptr, nullptr, num_outputs, activations.shape(1)};
+  run_linear(x, weight, bias, out, Activations::int8, add);
+}
+
+void bind_linear_bf16(nb::handle x, nb::handle weight_object, nb::handle bias, nb::handle out, bool add) {
+  const Array<std::uint16_t> data(weight_object, "weight", 2);
+  check_blocks(data.shape(1), "weight");
+  const Weight weight{Weight::Kind::bf16_rows, reinterpret_cast<const std::uint8_t*>(data.data()), nullptr, nullptr,
+                      data.shape(0), data.shape(1)};
+  run_linear(x, weight, bias, out, Activations::bf16, add);
+}
+
+void bind_matmul_mxfp4(nb::handle x, nb::handle blocks_object, nb::handle scales_object, nb::handle bias, nb::handle out,
+                       const std::string& activations) {
+  const Array<std::uint8_t> blocks(blocks_object, "blocks", 3), scales(scales_object, "scales", 2);
+  blocks.expect({-1, -1, 16});
+  scales.expect({blocks.shape(0), blocks.shape(1)});
+  check_blocks(blocks.shape(1) * kBlock, "blocks");
+  const Weight weight{Weight::Kind::mxfp4, blocks.data(), scales.data(), nullptr, blocks.shape(0), blocks.shape(1) * kBlock};
+  run_linear(x, weight, bias, out, parse_activations(activations), false);
+}
+
+// Everything about a moe call that is not a weight; E, D and F come from the weights.
+void run_moe(nb::handle x_object, nb::handle id_object, nb::handle weight_object, Experts& experts, nb::handle gate_up_bias,
+             nb::handle down_bias, nb::handle out_object, Activations activations) {
+  const Array<float> x(x_object, "x", 2), weight(weight_object, "expert_weight", 2), out(out_object, "out", 2, Access::write);
+  const Array<std::int32_t> id(id_object, "expert_id", 2);
+  const std::int64_t hidden = experts.gate_up.num_inputs, num_tokens = x.shape(0), num_active = id.shape(1);
+  check_blocks(hidden, "gate_up");
+  check_blocks(experts.down.num_inputs, "down");
+  x.expect({-1, hidden});
+  out.expect({num_tokens, hidden});
+  id.expect({num_tokens, -1});
+  weight.expect({num_tokens, num_active});
+  require(num_active >= 1, "expert_id has no columns; expected at least 1 expert a token");
+  const Array<std::uint16_t> up(gate_up_bias, "gate_up_bias", 2), down(down_bias, "down_bias", 2);
+  up.expect({experts.num_experts, experts.gate_up.num_outputs});
+  down.expect({experts.num_experts, hidden});
+  experts.gate_up.bias = up.data();
+  experts.down.bias = down.data();
+  for (std::int64_t i = 0; i < num_tokens * num_active; ++i) {
+    if (id.data()[i] < 0 || id.data()[i] >= experts.num_experts) {
+      throw nb::index_error(("expert_id holds " + std::to_string(id.data()[i]) + " for token " + std::to_string(i / num_active) +
+                             "; expected 0 to " + std::to_string(experts.num_experts - 1)).c_str());
+    }
+  }
+  nb::gil_scoped_release release;
+  moe(x.data(), num_tokens, id.data(), weight.data(), static_cast<int>(num_active), experts, activations, out.data());
+}
+
+void bind_moe_mxfp4(nb::handle x, nb::handle expert_id, nb::handle expert_weight, nb::handle gate_up_blocks,
+                    nb::handle gate_up_scales, nb::handle gate_up_bias, nb::handle down_blocks, nb::handle down_scales,
+                    nb::handle down_bias, nb::handle out, float limit, float alpha, const std::string& activations) {
+  const Array<std::uint8_t> up(gate_up_blocks, "gate_up_blocks", 4), up_scales(gate_up_scales, "gate_up_scales", 3);
+  const Array<std::uint8_t> down(down_blocks, "down_blocks", 4), scales(down_scales, "down_scales", 3);
+  const std::int64_t num_experts = up.shape(0), hidden = up.shape(2) * kBlock, size = down.shape(2) * kBlock;
+  up.expect({-1, 2 * size, -1, 16});
+  up_scales.expect({num_experts, 2 * size, up.shape(2)});
+  down.expect({num_experts, hidden, -1, 16});
+  scales.expect({num_experts, hidden, down.shape(2)});
+  const auto kind = Weight::Kind::mxfp4;
+  Experts experts{{kind, up.data(), up_scales.data(), nullptr, 2 * size, hidden},
+                  {kind, down.data(), scales.data(), nullptr, hidden, size}, num_experts, limit, alpha};
+  run_moe(x, expert_id, expert_weight, experts, gate_up_bias, down_bias, out, parse_activations(activations));
+}
+
+void bind_moe_bf16(nb::handle x, nb::handle expert_id, nb::handle expert_weight, nb::handle gate_up_weight,
+                   nb::handle gate_up_bias, nb::handle down_weight, nb::handle down_bias, nb::handle out, float limit, float alpha) {
+  const Array<std::uint16_t> up(gate_up_weight, "gate_up_weight", 3), down(down_weight, "down_weight", 3);
+  const std::int64_t num_experts = up.shape(0), hidden = up.shape(1), size = down.shape(1);
+  up.expect({-1, -1, 2 * size});
+  down.expect({num_experts, -1, hidden});
+  const auto kind = Weight::Kind::bf16_columns;
+  Experts experts{{kind, reinterpret_cast<const std::uint8_t*>(up.data()), nullptr, nullptr, 2 * size, hidden},
+                  {kind, reinterpret_cast<const std::uint8_t*>(down.data()), nullptr, nullptr, hidden, size}, num_experts, limit, alpha};
+  run_moe(x, expert_id, expert_weight, experts, gate_up_bias, down_bias, out, Activations::bf16);
+}
+
+// uint8 memory on huge pages where the system gives them; contents undefined.
+nb::ndarray<nb::numpy, std::uint8_t, nb::ndim<1>> allocate(std::int64_t size_bytes) {
+  require(size_bytes >= 0, "size_bytes is " + std::to_string(size_bytes) + "; expected 0 or more");
+  constexpr std::int64_t huge_page = 2 << 20;
+  const std::int64_t align = size_bytes >= huge_page ? huge_page : 64;
+  if (size_bytes > (std::int64_t{1} << 46)) throw std::bad_alloc();
+  const std::int64_t size = (size_bytes + align - 1) / align * align;
+  void* data = std::aligned_alloc(align, size ? size : align);
+  if (!data) throw std::bad_alloc();
+#if defined(__linux__)
+  if (align == huge_page) madvise(data, size, MADV_HUGEPAGE);
+#endif
+  const nb::capsule owner(data, [](void* p) noexcept { std::free(p); });
+  return nb::ndarray<nb::numpy, std::uint8_t, nb::ndim<1>>(data, {static_cast<std::size_t>(size_bytes)}, owner);
+}
+
+double bind_read_bandwidth(nb::handle data_object, int repeats) {
+  const Array<std::uint8_t> data(data_object, "data", 1);
+  require(data.shape(0) >= 1 << 20, "data has " + std::to_string(data.shape(0)) + " bytes; expected at least 1 MiB");
+  nb::gil_scoped_release release;
+  return measure_read_bandwidth(data.data(), data.shape(0), repeats);
+}
+
+}  // namespace
+
+void bind_matmul(nb::module_& m) {
+  m.def("allocate", &allocate, nb::arg("size_bytes"));
+  m.def("panel_bytes", [](std::int64_t num_inputs) { return panel_bytes(num_inputs / kBlock); }, nb::arg("num_inputs"));
+  m.def("quantize_weight", &bind_quantize_weight, nb::arg("weight"), nb::arg("panels"));
+  m.def("linear_int8", &bind_linear_int8, nb::arg("x"), nb::arg("panels"), nb::arg("num_outputs"), nb::arg("bias").none(),
+        nb::arg("out"), nb::arg("add"));
+  m.def("linear_bf16", &bind_linear_bf16, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(), nb::arg("out"), nb::arg("add"));
+  m.def("matmul_mxfp4", &bind_matmul_mxfp4, nb::arg("x"), nb::arg("blocks"), nb::arg("scales"), nb::arg("bias").none(),
+        nb::arg("out"), nb::arg("activations"));
+  m.def("moe_mxfp4", &bind_moe_mxfp4);
+  m.def("moe_bf16", &bind_moe_bf16);
+  m.def("linear_scratch_bytes", &linear_scratch_bytes, nb::arg("num_tokens"), nb::arg("num_inputs"));
+  m.def("moe_scratch_bytes", &moe_scratch_bytes, nb::arg("num_tokens"), nb::arg("hidden"), nb::arg("expert_size"), nb::arg("num_active"));
+  m.def("matmul_thread_bytes", &matmul_thread_bytes, nb::arg("max_inputs"));
+  m.def("measure_read_bandwidth", &bind_read_bandwidth, nb::arg("data"), nb::arg("repeats"));
+  m.def("measure_int8_ops", &measure_int8_ops, nb::arg("rounds"), nb::call_guard<nb::gil_scoped_release>());
+}
+
+}  // namespace harmonium

@@ -1,5 +1,15 @@
-"""The typed face of the native kernels: arrays in, arrays out. `reference` is their specification in NumPy."""
+"""The typed face of the native kernels: arrays in, arrays out. `reference` is their NumPy specification."""
 
+from harmonium.kernels.matmul import (
+    Int8Weight,
+    linear_bf16,
+    linear_int8,
+    matmul_mxfp4,
+    matmul_scratch_bytes,
+    moe_bf16,
+    moe_mxfp4,
+    quantize_weight,
+)
 from harmonium.kernels.ops import (
     attention,
     attention_scratch_bytes,
@@ -8,12 +18,25 @@ from harmonium.kernels.ops import (
     rope_and_store,
     router,
 )
+from harmonium.kernels.runtime import configure, current_isa, current_threads, supported_isa
 
 __all__ = [
+    "Int8Weight",
     "attention",
     "attention_scratch_bytes",
+    "configure",
+    "current_isa",
+    "current_threads",
     "gather_rows",
+    "linear_bf16",
+    "linear_int8",
+    "matmul_mxfp4",
+    "matmul_scratch_bytes",
+    "moe_bf16",
+    "moe_mxfp4",
+    "quantize_weight",
     "rms_norm",
     "rope_and_store",
     "router",
+    "supported_isa",
 ]

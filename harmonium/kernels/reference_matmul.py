@@ -1,3 +1,217 @@
-"""Specification of the matmul kernels in NumPy."""
+"""Specification of the kernels in kernels/matmul.py, in NumPy. Signatures and shapes are those of that file.
 
-__all__: list[str] = []
+Quantization is in float32, as the kernels must do it to the bit; products and sums are float64 and rounded to
+float32 once, so that a kernel's distance from here is its own error.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = [
+    "E2M1_VALUES",
+    "decode_mxfp4",
+    "linear_bf16",
+    "linear_int8",
+    "matmul_mxfp4",
+    "moe_bf16",
+    "moe_mxfp4",
+    "quantize_activations",
+    "quantize_weight",
+    "swiglu",
+]
+
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
+Bf16 = npt.NDArray[np.uint16]
+U8 = npt.NDArray[np.uint8]
+Int8 = npt.NDArray[np.int8]
+Int32 = npt.NDArray[np.int32]
+Activations = Literal["int8", "bf16"]
+
+E2M1_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+"""The sixteen values of MXFP4's elements. Source: OCP Microscaling Formats (MX) 1.0, table 5."""
+
+_BLOCK = 32
+_LEAST_NORMAL = np.finfo(np.float32).tiny
+
+
+def _from_bf16(bits: Bf16) -> F32:
+    wide: npt.NDArray[np.uint32] = bits.astype(np.uint32) << 16
+    return wide.view(np.float32)
+
+
+def _round_to_bf16(x: F32) -> F32:
+    """To the nearest bf16 number, ties to even; NaN stays NaN."""
+    bits = np.ascontiguousarray(x).view(np.uint32).astype(np.uint64)
+    rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16).astype(np.uint32).view(np.float32)
+    return np.where(np.isnan(x), np.float32(np.nan), rounded)
+
+
+def decode_mxfp4(blocks: U8, scales: U8) -> F32:
+    """Return [..., K] float32 for blocks [..., K/32, 16] and scales [..., K/32].
+
+    Byte j of a block holds element 2j in its low and 2j + 1 in its high half. A scale byte e means
+    2^(e - 127); 255 is NaN. Source: OCP Microscaling Formats (MX) 1.0, sections 5.3 and 5.4; the order of the
+    halves is the released checkpoints' (openai/gpt-oss:gpt_oss/torch/weights.py).
+    """
+    value = np.stack([E2M1_VALUES[blocks & 15], E2M1_VALUES[blocks >> 4]], axis=-1)
+    scale = np.ldexp(np.float32(1), scales.astype(np.int32) - 127).astype(np.float32)
+    scale[scales == 255] = np.nan
+    product = value.reshape(*blocks.shape[:-1], _BLOCK) * scale[..., None]
+    return product.reshape(*blocks.shape[:-2], -1).astype(np.float32)
+
+
+def quantize_activations(x_TK: F32) -> tuple[Int8, F32]:
+    """Return q [T, K] int8 and scale [T, K/32] float32: x is about q * scale.
+
+    scale is the block's largest magnitude / 127. A block too small for a normal float32 scale becomes zero;
+    one with NaN or infinity gets q 0 and scale NaN, so that what it touches is NaN.
+    """
+    block = x_TK.reshape(*x_TK.shape[:-1], -1, _BLOCK)
+    most = np.abs(block).max(axis=-1)
+    is_finite = np.isfinite(block).all(axis=-1)
+    scale = np.where(is_finite, most, np.float32(0)).astype(np.float32) / np.float32(127)
+    is_used = is_finite & (scale >= _LEAST_NORMAL)
+    inverse = np.float32(1) / np.where(is_used, scale, np.float32(1))
+    q = np.rint(np.where(is_used[..., None], block, np.float32(0)) * inverse[..., None]).astype(np.int8)
+    scale = np.where(is_used, scale, np.where(is_finite, np.float32(0), np.float32(np.nan))).astype(
+        np.float32
+    )
+    return q.reshape(x_TK.shape), scale
+
+
+def quantize_weight(weight_NK: Bf16) -> tuple[Int8, F32]:
+    """Return q [N, K] int8 in -127..127 and scale [N, K/32] float32 that bf16 holds exactly.
+
+    scale is the block's largest magnitude / 127 rounded up to bf16; NaN where the block is not finite (q 0).
+    """
+    block = _from_bf16(weight_NK).reshape(weight_NK.shape[0], -1, _BLOCK)
+    is_finite = np.isfinite(block).all(axis=-1)
+    finite = np.where(is_finite[..., None], block, np.float32(0))
+    exact = np.abs(finite).max(axis=-1) / np.float32(127)
+    bits = np.ascontiguousarray(exact).view(np.uint32)
+    scale = ((bits + np.uint32(0xFFFF)) >> np.uint32(16) << np.uint32(16)).view(np.float32)
+    q = np.rint(finite / np.where(scale > 0, scale, np.float32(1))[..., None]).astype(np.int8)
+    return q.reshape(weight_NK.shape), np.where(is_finite, scale, np.float32(np.nan))
+
+
+def _dequantize(q: Int8, scale: F32) -> F64:
+    return q.astype(np.float64) * np.repeat(scale.astype(np.float64), _BLOCK, axis=-1)
+
+
+def _activations(x_TK: F32, activations: Activations) -> F64:
+    """What a product sees of x."""
+    if activations == "bf16":
+        return _round_to_bf16(x_TK).astype(np.float64)
+    return _dequantize(*quantize_activations(x_TK))
+
+
+def _write(product_TN: F64, bias_N: Bf16 | None, out_TN: F32, add: bool) -> None:
+    total = product_TN if bias_N is None else product_TN + _from_bf16(bias_N)
+    out_TN[:] = out_TN + total if add else total
+
+
+def linear_int8(x_TK: F32, weight_NK: Bf16, bias_N: Bf16 | None, out_TN: F32, add: bool = False) -> None:
+    """Write x @ weight.T + bias to out (or add it), both factors quantized to int8 per 32 inputs."""
+    weight = _dequantize(*quantize_weight(weight_NK))
+    _write(_activations(x_TK, "int8") @ weight.T, bias_N, out_TN, add)
+
+
+def linear_bf16(x_TK: F32, weight_NK: Bf16, bias_N: Bf16 | None, out_TN: F32, add: bool = False) -> None:
+    """Write x @ weight.T + bias to out (or add it), x rounded to bf16."""
+    _write(_activations(x_TK, "bf16") @ _from_bf16(weight_NK).astype(np.float64).T, bias_N, out_TN, add)
+
+
+def matmul_mxfp4(
+    x_TK: F32,
+    blocks_NK: U8,
+    scales_NB: U8,
+    bias_N: Bf16 | None,
+    out_TN: F32,
+    activations: Activations = "int8",
+) -> None:
+    """Write x @ weight.T + bias to out for one MXFP4 matrix, whose values are taken exactly."""
+    weight = decode_mxfp4(blocks_NK, scales_NB).astype(np.float64)
+    _write(_activations(x_TK, activations) @ weight.T, bias_N, out_TN, False)
+
+
+def swiglu(gate_up: F64, limit: float, alpha: float) -> F64:
+    """Return [..., F] for [..., 2F]: gate * sigmoid(alpha * gate) * (up + 1), clamped first.
+
+    Even places are gates (at most limit), odd ones ups (between -limit and limit).
+    Source: openai/gpt-oss:gpt_oss/torch/model.py.
+    """
+    gate = np.minimum(gate_up[..., 0::2], limit)
+    up = np.clip(gate_up[..., 1::2], -limit, limit)
+    with np.errstate(over="ignore"):  # e^x may overflow: the quotient is then zero, as it should be
+        return np.asarray(gate / (1 + np.exp(-alpha * gate)) * (up + 1))
+
+
+def _moe(
+    x_TD: F32,
+    expert_id_TA: Int32,
+    expert_weight_TA: F32,
+    gate_up_ENK: F32,
+    gate_up_bias: Bf16,
+    down_ENK: F32,
+    down_bias: Bf16,
+    out_TD: F32,
+    limit: float,
+    alpha: float,
+    activations: Activations,
+) -> None:
+    x = _activations(x_TD, activations)
+    for token, experts in enumerate(expert_id_TA):
+        total = np.zeros(out_TD.shape[1])
+        for slot, expert in enumerate(experts):
+            gate_up = gate_up_ENK[expert].astype(np.float64) @ x[token] + _from_bf16(gate_up_bias[expert])
+            unit_F = swiglu(gate_up, limit, alpha).astype(np.float32)
+            down = down_ENK[expert].astype(np.float64) @ _activations(unit_F[None], activations)[0]
+            total += (down + _from_bf16(down_bias[expert])) * expert_weight_TA[token, slot]
+        out_TD[token] = out_TD[token] + total
+
+
+def moe_mxfp4(
+    x_TD: F32,
+    expert_id_TA: Int32,
+    expert_weight_TA: F32,
+    gate_up_blocks: U8,
+    gate_up_scales: U8,
+    gate_up_bias: Bf16,
+    down_blocks: U8,
+    down_scales: U8,
+    down_bias: Bf16,
+    out_TD: F32,
+    limit: float,
+    alpha: float,
+    activations: Activations = "int8",
+) -> None:
+    """Add to out, for each token, its experts' outputs times their weights.
+
+    The units between the two products enter the second as the inputs enter the first: quantized or rounded.
+    """
+    gate_up, down = decode_mxfp4(gate_up_blocks, gate_up_scales), decode_mxfp4(down_blocks, down_scales)
+    routes = x_TD, expert_id_TA, expert_weight_TA
+    _moe(*routes, gate_up, gate_up_bias, down, down_bias, out_TD, limit, alpha, activations)
+
+
+def moe_bf16(
+    x_TD: F32,
+    expert_id_TA: Int32,
+    expert_weight_TA: F32,
+    gate_up_weight: Bf16,
+    gate_up_bias: Bf16,
+    down_weight: Bf16,
+    down_bias: Bf16,
+    out_TD: F32,
+    limit: float,
+    alpha: float,
+) -> None:
+    """Add to out what moe_mxfp4 adds, for bf16 experts [E, D, 2F] and [E, F, D]."""
+    gate_up, down = _from_bf16(gate_up_weight).swapaxes(1, 2), _from_bf16(down_weight).swapaxes(1, 2)
+    routes = x_TD, expert_id_TA, expert_weight_TA
+    _moe(*routes, gate_up, gate_up_bias, down, down_bias, out_TD, limit, alpha, "bf16")

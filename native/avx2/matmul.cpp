@@ -1,1 +1,439 @@
-// placeholder until the kernels land
+// Matrix kernels for AVX2 and FMA. What each function does: matmul.h. Simpler than the AVX-512 file: eight lanes,
+// 16-bit products (vpmaddubsw would saturate on unsigned int8 weights).
+#include "matmul.h"
+
+#include <immintrin.h>
+#include <string.h>
+
+namespace harmonium {
+
+namespace {
+
+using std::int32_t;
+using std::int64_t;
+using std::int8_t;
+using std::uint16_t;
+using std::uint32_t;
+using std::uint64_t;
+using std::uint8_t;
+
+constexpr uint32_t kNan = 0x7fc00000u;
+
+float from_bits(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+uint32_t to_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+int32_t dword(const uint8_t* p) {
+  int32_t value;
+  memcpy(&value, p, sizeof value);
+  return value;
+}
+
+__m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+__m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+void store(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+
+__m256 expand_bf16(const uint16_t* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load128(p)), 16));
+}
+
+uint32_t e8m0_bits(uint8_t e) {
+  if (e == 255) return kNan;
+  return e == 0 ? 0x00400000u : static_cast<uint32_t>(e) << 23;
+}
+
+float reduce(__m256 v) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+uint32_t reduce_max(__m256i v) {
+  __m128i m = _mm_max_epu32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4e));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_max_epu32(m, _mm_shuffle_epi32(m, 0xb1))));
+}
+
+int32_t reduce_add(__m256i v) {
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+
+__m256i mxfp4_table() {
+  return _mm256_broadcastsi128_si256(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+}
+
+// 32 int32 in four registers, in order, to bytes in order.
+__m256i pack_bytes(const __m256i v[4]) {
+  const __m256i b = _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
+  return _mm256_permutevar8x32_epi32(b, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+
+// Bytes in order to [16 even][16 odd].
+__m256i split_even_odd(__m256i bytes) {
+  const __m256i order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
+  return _mm256_permute4x64_epi64(_mm256_shuffle_epi8(bytes, order), 0xd8);
+}
+
+void quantize_row(const float* x, int64_t num_inputs, int offset, float factor, uint8_t* row) {
+  const int64_t num_blocks = num_inputs / kBlock;
+  auto* scale = reinterpret_cast<float*>(row + scale_offset(num_blocks));
+  auto* start = reinterpret_cast<int32_t*>(row + start_offset(num_blocks));
+  if (num_blocks % kGroupBlocks != 0) {
+    const int64_t padding = num_groups(num_blocks) * kGroupBlocks - num_blocks;
+    memset(row + num_blocks / kGroupBlocks * kGroupBytes, 0, kGroupBytes);
+    memset(scale + num_blocks, 0, padding * 4);
+    memset(start + num_blocks, 0, padding * 4);
+  }
+  const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+  for (int64_t b = 0; b < num_blocks; ++b) {
+    __m256i most4 = _mm256_setzero_si256();
+    for (int i = 0; i < 4; ++i) {
+      most4 = _mm256_max_epu32(most4, _mm256_and_si256(load(x + b * kBlock + i * 8), magnitude));
+    }
+    const uint32_t most = reduce_max(most4);
+    const float s = from_bits(most) / 127.0f;
+    uint8_t* q = row + b / kGroupBlocks * kGroupBytes + b % kGroupBlocks * 16;
+    if (most >= 0x7f800000u || s < 1.17549435e-38f) {
+      scale[b] = most >= 0x7f800000u ? from_bits(kNan) : 0.0f;
+      start[b] = 0;
+      memset(q, 0, 16);
+      memset(q + 64, 0, 16);
+      continue;
+    }
+    const __m256 inverse = _mm256_set1_ps(1.0f / s);
+    __m256i v[4], total = _mm256_setzero_si256();
+    for (int i = 0; i < 4; ++i) {
+      v[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + b * kBlock + i * 8), inverse));
+      total = _mm256_add_epi32(total, v[i]);
+    }
+    const __m256i bytes = split_even_odd(pack_bytes(v));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(q), _mm256_castsi256_si128(bytes));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(q + 64), _mm256_extracti128_si256(bytes, 1));
+    scale[b] = s * factor;
+    start[b] = -offset * reduce_add(total);
+  }
+}
+
+void round_row(const float* x, int64_t num_inputs, uint16_t* row) {
+  for (int64_t i = 0; i < num_inputs; ++i) {
+    const uint32_t bits = to_bits(x[i]);
+    const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+    row[i] = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40 : rounded);
+  }
+}
+
+void quantize_panel(const uint16_t* weight, int num_rows, int64_t num_inputs, uint8_t* panel) {
+  const int64_t num_blocks = num_inputs / kBlock;
+  auto* scales = reinterpret_cast<uint16_t*>(panel + num_blocks * kPanelBlockBytes);
+  memset(scales, 0, panel_bytes(num_blocks) - num_blocks * kPanelBlockBytes);
+  if (num_rows < kPanelRows) memset(panel, kInt8Offset, num_blocks * kPanelBlockBytes);
+  for (int r = 0; r < num_rows; ++r) {
+    for (int64_t b = 0; b < num_blocks; ++b) {
+      __m256 v[4];
+      __m256i most4 = _mm256_setzero_si256();
+      for (int i = 0; i < 4; ++i) {
+        v[i] = expand_bf16(weight + r * num_inputs + b * kBlock + i * 8);
+        most4 = _mm256_max_epu32(most4, _mm256_slli_epi32(_mm256_castps_si256(v[i]), 1));
+      }
+      const uint32_t most = reduce_max(most4) >> 1;
+      // Rounded up to bf16, so that no quotient passes 127.
+      const uint32_t up = most >= 0x7f800000u ? 0x7fc0u : (to_bits(from_bits(most) / 127.0f) + 0xffffu) >> 16;
+      scales[b * kPanelRows + r] = static_cast<uint16_t>(up);
+      const bool none = most == 0 || most >= 0x7f800000u;
+      const __m256 scale = _mm256_set1_ps(none ? 1.0f : from_bits(up << 16));
+      __m256i q[4];
+      for (int i = 0; i < 4; ++i) {
+        q[i] = none ? _mm256_setzero_si256() : _mm256_cvtps_epi32(_mm256_div_ps(v[i], scale));
+      }
+      alignas(32) uint32_t bytes[8];
+      store(bytes, _mm256_xor_si256(split_even_odd(pack_bytes(q)), _mm256_set1_epi8(static_cast<char>(kInt8Offset))));
+      uint8_t* out = panel + b * kPanelBlockBytes + r * 4;
+      for (int part = 0; part < 8; ++part) memcpy(out + part * 64, bytes + part, 4);
+    }
+  }
+}
+
+void mxfp4_to_panels(const uint8_t* blocks, const uint8_t* scales, int num_rows, int64_t num_blocks, uint8_t* panels) {
+  const __m256i table = mxfp4_table();
+  const __m128i nibble = _mm_set1_epi8(15);
+  for (int p = 0; p < 2; ++p) {
+    uint8_t* panel = panels + p * panel_bytes(num_blocks);
+    auto* out = reinterpret_cast<uint16_t*>(panel + num_blocks * kPanelBlockBytes);
+    const int rows = num_rows - p * kPanelRows < kPanelRows ? num_rows - p * kPanelRows : kPanelRows;
+    if (rows < kPanelRows) {
+      memset(panel, kMxfp4Offset, num_blocks * kPanelBlockBytes);
+      memset(out, 0, panel_bytes(num_blocks) - num_blocks * kPanelBlockBytes);
+    }
+    for (int r = 0; r < rows; ++r) {
+      const int64_t first = (p * kPanelRows + r) * num_blocks;
+      for (int64_t b = 0; b < num_blocks; ++b) {
+        out[b * kPanelRows + r] = static_cast<uint16_t>(e8m0_bits(scales[first + b]) >> 16);
+        const __m128i v = load128(blocks + (first + b) * 16);
+        const __m256i index = _mm256_set_m128i(_mm_and_si128(_mm_srli_epi16(v, 4), nibble), _mm_and_si128(v, nibble));
+        alignas(32) uint32_t values[8];
+        store(values, _mm256_shuffle_epi8(table, index));
+        uint8_t* w = panel + b * kPanelBlockBytes + r * 4;
+        for (int part = 0; part < 8; ++part) memcpy(w + part * 64, values + part, 4);
+      }
+    }
+  }
+}
+
+void mxfp4_to_bf16(const uint8_t* blocks, const uint8_t* scales, int num_rows, int64_t num_blocks, uint16_t* weight) {
+  const __m256i twice = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12));
+  const __m128i nibble = _mm_set1_epi8(15);
+  for (int64_t b = 0; b < num_rows * num_blocks; ++b) {
+    const __m128i v = load128(blocks + b * 16);
+    const __m128i lo = _mm_and_si128(v, nibble), hi = _mm_and_si128(_mm_srli_epi16(v, 4), nibble);
+    const __m256i index = _mm256_set_m128i(_mm_unpackhi_epi8(lo, hi), _mm_unpacklo_epi8(lo, hi));
+    alignas(32) int8_t value[kBlock];
+    store(value, _mm256_shuffle_epi8(twice, index));
+    // Two factors: half of 2^-127 is exact only after the product.
+    const __m256 scale = _mm256_set1_ps(from_bits(e8m0_bits(scales[b])));
+    for (int i = 0; i < kBlock; i += 8) {
+      const __m256 f = _mm256_mul_ps(
+          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(value + i)))),
+          _mm256_set1_ps(0.5f));
+      const __m256i bits = _mm256_srli_epi32(_mm256_castps_si256(_mm256_mul_ps(f, scale)), 16);
+      const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(bits, bits), 0xd8);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(weight + b * kBlock + i), _mm256_castsi256_si128(words));
+    }
+  }
+}
+
+// NT tokens by one panel. 16 registers: more than two tokens spill.
+template <int NT>
+void panel_tile(const uint8_t* panel, int64_t num_blocks, const uint8_t* x, int64_t row_bytes, const int32_t* token,
+                float* tile) {
+  const auto* scales = reinterpret_cast<const uint16_t*>(panel + num_blocks * kPanelBlockBytes);
+  const int64_t scale_at = scale_offset(num_blocks), start_at = start_offset(num_blocks);
+  const __m256i low_byte = _mm256_set1_epi16(0xff);
+  const uint8_t* row[NT];
+  __m256 sum[NT][2];
+  for (int t = 0; t < NT; ++t) {
+    row[t] = x + token[t] * row_bytes;
+    sum[t][0] = sum[t][1] = _mm256_setzero_ps();
+  }
+  for (int64_t b = 0; b < num_blocks; ++b) {
+    const int64_t at = b / kGroupBlocks * kGroupBytes + b % kGroupBlocks * 16;
+    __m256i acc[NT][2];
+    for (int t = 0; t < NT; ++t) acc[t][0] = acc[t][1] = _mm256_set1_epi32(dword(row[t] + start_at + b * 4));
+    for (int part = 0; part < 8; ++part) {
+      __m256i a0[NT], a1[NT];  // bytes 0 and 2 (1 and 3) of four activations, as words
+      for (int t = 0; t < NT; ++t) {
+        const __m256i a = _mm256_set1_epi32(dword(row[t] + at + part / 4 * 64 + part % 4 * 4));
+        a0[t] = _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8);
+        a1[t] = _mm256_srai_epi16(a, 8);
+      }
+      for (int h = 0; h < 2; ++h) {
+        const __m256i w = load(panel + b * kPanelBlockBytes + part * 64 + h * 32);
+        const __m256i w0 = _mm256_and_si256(w, low_byte), w1 = _mm256_srli_epi16(w, 8);
+        for (int t = 0; t < NT; ++t) {
+          acc[t][h] = _mm256_add_epi32(acc[t][h], _mm256_madd_epi16(w0, a0[t]));
+          acc[t][h] = _mm256_add_epi32(acc[t][h], _mm256_madd_epi16(w1, a1[t]));
+        }
+      }
+    }
+    for (int h = 0; h < 2; ++h) {
+      const __m256 ws = expand_bf16(scales + b * kPanelRows + h * 8);
+      for (int t = 0; t < NT; ++t) {
+        const __m256 both = _mm256_mul_ps(ws, _mm256_set1_ps(from_bits(dword(row[t] + scale_at + b * 4))));
+        sum[t][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[t][h]), both, sum[t][h]);
+      }
+    }
+  }
+  for (int t = 0; t < NT; ++t) {
+    for (int h = 0; h < 2; ++h) _mm256_storeu_ps(tile + t * kTileRows + h * 8, sum[t][h]);
+  }
+}
+
+void panel_product(const uint8_t* panels, int num_panels, int64_t num_blocks, const uint8_t* x, int64_t row_bytes,
+                   const int32_t* token, int num_tokens, float* tile) {
+  for (int p = 0; p < num_panels; ++p) {
+    const uint8_t* panel = panels + p * panel_bytes(num_blocks);
+    float* out = tile + p * kPanelRows;
+    int t = 0;
+    for (; t + 2 <= num_tokens; t += 2) panel_tile<2>(panel, num_blocks, x, row_bytes, token + t, out + t * kTileRows);
+    if (t < num_tokens) panel_tile<1>(panel, num_blocks, x, row_bytes, token + t, out + t * kTileRows);
+  }
+}
+
+// One row: a register holds two blocks, four int32 lanes each. Unsigned values up to 24 do not saturate vpmaddubsw.
+float mxfp4_dot(const uint8_t* blocks, const uint8_t* scales, int64_t num_blocks, const uint8_t* row) {
+  const __m256i table = mxfp4_table(), nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+  const auto* scale = reinterpret_cast<const float*>(row + scale_offset(num_blocks));
+  const auto* start = reinterpret_cast<const int32_t*>(row + start_offset(num_blocks));
+  __m256 sum = _mm256_setzero_ps();
+  for (int64_t b = 0; b < num_blocks; b += 2) {
+    const bool pair = b + 1 < num_blocks;
+    const __m256i v = pair ? load(blocks + b * 16) : _mm256_zextsi128_si256(load128(blocks + b * 16));
+    const __m256i lo = _mm256_shuffle_epi8(table, _mm256_and_si256(v, nibble));
+    const __m256i hi = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(v, 4), nibble));
+    const uint8_t* q = row + b / kGroupBlocks * kGroupBytes + b % kGroupBlocks * 16;
+    const __m256i words = _mm256_add_epi16(_mm256_maddubs_epi16(lo, load(q)), _mm256_maddubs_epi16(hi, load(q + 64)));
+    const __m256i first = _mm256_setr_epi32(start[b], 0, 0, 0, start[b + 1], 0, 0, 0);  // zero after the last block
+    const __m256i acc = _mm256_add_epi32(_mm256_madd_epi16(words, ones), first);
+    const float s0 = from_bits(e8m0_bits(scales[b])) * scale[b];
+    const float s1 = pair ? from_bits(e8m0_bits(scales[b + 1])) * scale[b + 1] : 0.0f;
+    const __m256 both = _mm256_set_m128(_mm_set1_ps(s1), _mm_set1_ps(s0));
+    sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc), both, sum);
+  }
+  return reduce(sum);
+}
+
+void mxfp4_product(const uint8_t* blocks, const uint8_t* scales, int num_rows, int64_t num_blocks, const uint8_t* x,
+                   int64_t row_bytes, const int32_t* token, int num_tokens, float* tile) {
+  for (int r = 0; r < num_rows; ++r) {
+    for (int t = 0; t < num_tokens; ++t) {
+      tile[t * kTileRows + r] =
+          mxfp4_dot(blocks + r * num_blocks * 16, scales + r * num_blocks, num_blocks, x + token[t] * row_bytes);
+    }
+  }
+}
+
+void bf16_product(const uint16_t* weight, int num_rows, int64_t num_inputs, const uint8_t* x, int64_t row_bytes,
+                  const int32_t* token, int num_tokens, float* tile) {
+  for (int r = 0; r < num_rows; ++r) {
+    const uint16_t* w = weight + r * num_inputs;
+    for (int t = 0; t < num_tokens; ++t) {
+      const auto* row = reinterpret_cast<const uint16_t*>(x + token[t] * row_bytes);
+      __m256 sum[4];
+      for (int i = 0; i < 4; ++i) sum[i] = _mm256_setzero_ps();
+      for (int64_t k = 0; k < num_inputs; k += 32) {
+        for (int i = 0; i < 4; ++i) {
+          sum[i] = _mm256_fmadd_ps(expand_bf16(w + k + i * 8), expand_bf16(row + k + i * 8), sum[i]);
+        }
+      }
+      tile[t * kTileRows + r] = reduce(_mm256_add_ps(_mm256_add_ps(sum[0], sum[1]), _mm256_add_ps(sum[2], sum[3])));
+    }
+  }
+}
+
+template <int NT>
+void bf16_columns(const uint16_t* weight, int64_t num_inputs, const uint8_t* x, int64_t row_bytes, const int32_t* token,
+                  float* tile) {
+  __m256 sum[NT][4];
+  const uint8_t* row[NT];
+  for (int t = 0; t < NT; ++t) {
+    row[t] = x + token[t] * row_bytes;
+    for (int i = 0; i < 4; ++i) sum[t][i] = _mm256_setzero_ps();
+  }
+  for (int64_t k = 0; k < num_inputs; ++k) {
+    __m256 a[NT];
+    for (int t = 0; t < NT; ++t) {
+      uint16_t bits;
+      memcpy(&bits, row[t] + k * 2, sizeof bits);
+      a[t] = _mm256_set1_ps(from_bits(static_cast<uint32_t>(bits) << 16));
+    }
+    for (int i = 0; i < 4; ++i) {
+      const __m256 w = expand_bf16(weight + k * kTileRows + i * 8);
+      for (int t = 0; t < NT; ++t) sum[t][i] = _mm256_fmadd_ps(w, a[t], sum[t][i]);
+    }
+  }
+  for (int t = 0; t < NT; ++t) {
+    for (int i = 0; i < 4; ++i) _mm256_storeu_ps(tile + t * kTileRows + i * 8, sum[t][i]);
+  }
+}
+
+void bf16_column_product(const uint16_t* weight, int64_t num_inputs, const uint8_t* x, int64_t row_bytes,
+                         const int32_t* token, int num_tokens, float* tile) {
+  int t = 0;
+  for (; t + 2 <= num_tokens; t += 2) bf16_columns<2>(weight, num_inputs, x, row_bytes, token + t, tile + t * kTileRows);
+  if (t < num_tokens) bf16_columns<1>(weight, num_inputs, x, row_bytes, token + t, tile + t * kTileRows);
+}
+
+// e^x for x <= 88 to about one unit in the last place (avx512/matmul.cpp says how); below -87 zero.
+__m256 exp_ps(__m256 x) {
+  x = _mm256_max_ps(_mm256_set1_ps(-88.0f), x);
+  const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);
+  r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
+  __m256 p = _mm256_set1_ps(1.0f / 5040);
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 720));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 120));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 24));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 6));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(0.5f));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
+  const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+  return _mm256_mul_ps(p, _mm256_castsi256_ps(power));
+}
+
+void swiglu(const float* gate_up, const uint16_t* bias, int num_units, float limit, float alpha, float* out) {
+  alignas(32) float gate[16] = {}, up[16] = {};
+  for (int u = 0; u < num_units; ++u) {
+    gate[u] = gate_up[2 * u] + from_bits(static_cast<uint32_t>(bias[2 * u]) << 16);
+    up[u] = gate_up[2 * u + 1] + from_bits(static_cast<uint32_t>(bias[2 * u + 1]) << 16);
+  }
+  const __m256 most = _mm256_set1_ps(limit), one = _mm256_set1_ps(1.0f);
+  for (int u = 0; u < num_units; u += 8) {
+    // The order of operands matters: min and max return the second where one is NaN.
+    const __m256 g = _mm256_min_ps(most, _mm256_load_ps(gate + u));
+    const __m256 v = _mm256_max_ps(_mm256_set1_ps(-limit), _mm256_min_ps(most, _mm256_load_ps(up + u)));
+    const __m256 power = _mm256_min_ps(_mm256_set1_ps(88.0f), _mm256_mul_ps(_mm256_set1_ps(-alpha), g));
+    _mm256_store_ps(up + u, _mm256_mul_ps(_mm256_div_ps(g, _mm256_add_ps(one, exp_ps(power))), _mm256_add_ps(v, one)));
+  }
+  memcpy(out, up, num_units * sizeof(float));
+}
+
+void finish(const float* tile, const uint16_t* bias, int num_rows, float weight, bool add, float* out) {
+  for (int r = 0; r < num_rows; ++r) {
+    const float value = (tile[r] + (bias ? from_bits(static_cast<uint32_t>(bias[r]) << 16) : 0.0f)) * weight;
+    out[r] = add ? out[r] + value : value;
+  }
+}
+
+void add_parts(const float* part, int64_t stride, int num_parts, int64_t size, float* out) {
+  for (int64_t i = 0; i < size; ++i) {
+    float sum = part[i];
+    for (int a = 1; a < num_parts; ++a) sum += part[a * stride + i];
+    out[i] += sum;
+  }
+}
+
+double spin_int8(int64_t rounds) {
+  __m256i acc[8];
+  for (int i = 0; i < 8; ++i) acc[i] = _mm256_setzero_si256();
+  __m256i a = _mm256_set1_epi32(static_cast<int>(rounds));
+  const __m256i b = _mm256_set1_epi32(0x01020304);
+  for (int64_t n = 0; n < rounds; ++n) {
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      __asm__ volatile("" : "+v"(a));  // keeps the product inside the loop
+      acc[i] = _mm256_add_epi32(acc[i], _mm256_madd_epi16(a, b));
+      __asm__ volatile("" : "+v"(acc[i]));
+    }
+  }
+  return static_cast<double>(rounds) * 8 * 32;
+}
+
+uint64_t read_all(const uint8_t* data, int64_t size_bytes) {
+  __m256i a = _mm256_setzero_si256(), b = a;
+  for (int64_t i = 0; i < size_bytes; i += 64) {
+    _mm_prefetch(reinterpret_cast<const char*>(data + i + 4096), _MM_HINT_T0);
+    a = _mm256_xor_si256(a, load(data + i));
+    b = _mm256_xor_si256(b, load(data + i + 32));
+  }
+  alignas(32) uint64_t v[4];
+  store(v, _mm256_xor_si256(a, b));
+  return v[0] ^ v[1] ^ v[2] ^ v[3];
+}
+
+}  // namespace
+
+const MatmulTable kAvx2Matmul = {quantize_row, round_row,     quantize_panel, mxfp4_to_panels,     mxfp4_to_bf16,
+                                 panel_product, mxfp4_product, bf16_product,   bf16_column_product, swiglu,
+                                 finish,        add_parts,     spin_int8,      read_all};
+
+}  // namespace harmonium

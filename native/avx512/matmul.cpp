@@ -1,1 +1,558 @@
-// placeholder until the kernels land
+// Matrix kernels for AVX-512 with VNNI and BF16. What each function does: matmul.h.
+#include "matmul.h"
+
+#include <immintrin.h>
+#include <string.h>
+
+namespace harmonium {
+
+namespace {
+
+using std::int32_t;
+using std::int64_t;
+using std::int8_t;
+using std::uint16_t;
+using std::uint32_t;
+using std::uint64_t;
+using std::uint8_t;
+
+constexpr uint32_t kNan = 0x7fc00000u;
+
+float from_bits(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+uint32_t to_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+int32_t dword(const uint8_t* p) {
+  int32_t value;
+  memcpy(&value, p, sizeof value);
+  return value;
+}
+
+__m512 expand_bf16(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
+
+// Positions of the even (odd) of 32 elements in two registers.
+__m512i even_index() { return _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0); }
+__m512i odd_index() { return _mm512_add_epi32(even_index(), _mm512_set1_epi32(1)); }
+
+// Doubled e2m1 values + 12, in each 128-bit lane.
+__m512i mxfp4_table() {
+  return _mm512_broadcast_i32x4(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+}
+
+// Dwords e << 23 to the float32 2^(e - 127): 0 becomes the denormal, 255 (infinity so far) NaN.
+__m512 finish_e8m0(__m512i shifted) {
+  const __m512 value = _mm512_castsi512_ps(_mm512_max_epu32(shifted, _mm512_set1_epi32(0x00400000)));
+  // Four bits for each class of number: class 5, plus infinity, becomes 3, the default NaN; the rest stay (0).
+  return _mm512_fixupimm_ps(value, value, _mm512_set1_epi32(3 << 20), 0);
+}
+
+void quantize_row(const float* x, int64_t num_inputs, int offset, float factor, uint8_t* row) {
+  const int64_t num_blocks = num_inputs / kBlock;
+  if (num_blocks % kGroupBlocks != 0) {
+    memset(row + num_blocks / kGroupBlocks * kGroupBytes, 0, kGroupBytes);
+    memset(row + scale_offset(num_blocks) + num_blocks * 4, 0, (num_groups(num_blocks) * kGroupBlocks - num_blocks) * 4);
+    memset(row + start_offset(num_blocks) + num_blocks * 4, 0, (num_groups(num_blocks) * kGroupBlocks - num_blocks) * 4);
+  }
+  auto* scale = reinterpret_cast<float*>(row + scale_offset(num_blocks));
+  auto* start = reinterpret_cast<int32_t*>(row + start_offset(num_blocks));
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  for (int64_t b = 0; b < num_blocks; ++b) {
+    __m512 v0 = _mm512_loadu_ps(x + b * kBlock);
+    __m512 v1 = _mm512_loadu_ps(x + b * kBlock + 16);
+    const __m512i bits = _mm512_max_epi32(_mm512_and_si512(_mm512_castps_si512(v0), magnitude),
+                                          _mm512_and_si512(_mm512_castps_si512(v1), magnitude));
+    const auto most = static_cast<uint32_t>(_mm512_reduce_max_epi32(bits));
+    float s = from_bits(most) / 127.0f;
+    float inverse = 0;
+    if (most >= 0x7f800000u || s < 1.17549435e-38f) {
+      s = most >= 0x7f800000u ? from_bits(kNan) : 0.0f;
+      v0 = v1 = _mm512_setzero_ps();
+    } else {
+      inverse = 1.0f / s;
+    }
+    const __m512 i = _mm512_set1_ps(inverse);
+    const __m512 p0 = _mm512_mul_ps(v0, i), p1 = _mm512_mul_ps(v1, i);
+    const __m512i even = _mm512_cvtps_epi32(_mm512_permutex2var_ps(p0, even_index(), p1));
+    const __m512i odd = _mm512_cvtps_epi32(_mm512_permutex2var_ps(p0, odd_index(), p1));
+    uint8_t* q = row + b / kGroupBlocks * kGroupBytes + b % kGroupBlocks * 16;
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(q), _mm512_cvtepi32_epi8(even));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(q + 64), _mm512_cvtepi32_epi8(odd));
+    scale[b] = s * factor;
+    start[b] = -offset * _mm512_reduce_add_epi32(_mm512_add_epi32(even, odd));
+  }
+}
+
+void round_row(const float* x, int64_t num_inputs, uint16_t* row) {
+  for (int64_t i = 0; i < num_inputs; i += 16) {
+    // In integers: vcvtneps2bf16 would make zeros of denormals.
+    const __m512i bits = _mm512_castps_si512(_mm512_loadu_ps(x + i));
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmpgt_epu32_mask(_mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)),
+                                                  _mm512_set1_epi32(0x7f800000));
+    up = _mm512_mask_or_epi32(up, nan, bits, _mm512_set1_epi32(0x400000));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + i), _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16)));
+  }
+}
+
+void quantize_panel(const uint16_t* weight, int num_rows, int64_t num_inputs, uint8_t* panel) {
+  const int64_t num_blocks = num_inputs / kBlock;
+  auto* scales = reinterpret_cast<uint16_t*>(panel + num_blocks * kPanelBlockBytes);
+  memset(scales, 0, panel_bytes(num_blocks) - num_blocks * kPanelBlockBytes);
+  if (num_rows < kPanelRows) memset(panel, kInt8Offset, num_blocks * kPanelBlockBytes);
+  const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  for (int r = 0; r < num_rows; ++r) {
+    const uint16_t* w = weight + r * num_inputs;
+    for (int64_t b = 0; b < num_blocks; ++b) {
+      const __m512i pair = _mm512_loadu_si512(w + b * kBlock);
+      __m512i even = _mm512_slli_epi32(pair, 16), odd = _mm512_and_si512(pair, high);
+      const __m512i bits = _mm512_max_epu32(_mm512_slli_epi32(even, 1), _mm512_slli_epi32(odd, 1));
+      const uint32_t most = _mm512_reduce_max_epu32(bits) >> 1;
+      // Rounded up to bf16, so that no quotient passes 127.
+      const uint32_t up = most >= 0x7f800000u ? 0x7fc0u : (to_bits(from_bits(most) / 127.0f) + 0xffffu) >> 16;
+      scales[b * kPanelRows + r] = static_cast<uint16_t>(up);
+      if (most >= 0x7f800000u) even = odd = _mm512_setzero_si512();
+      const __m512 scale = _mm512_set1_ps(most == 0 ? 1.0f : from_bits(up << 16));
+      const __m512i offset = _mm512_set1_epi32(kInt8Offset);
+      alignas(32) uint32_t q[8];
+      _mm_store_si128(reinterpret_cast<__m128i*>(q), _mm512_cvtepi32_epi8(_mm512_add_epi32(
+          offset, _mm512_cvtps_epi32(_mm512_div_ps(_mm512_castsi512_ps(even), scale)))));
+      _mm_store_si128(reinterpret_cast<__m128i*>(q + 4), _mm512_cvtepi32_epi8(_mm512_add_epi32(
+          offset, _mm512_cvtps_epi32(_mm512_div_ps(_mm512_castsi512_ps(odd), scale)))));
+      uint8_t* out = panel + b * kPanelBlockBytes + r * 4;
+      for (int part = 0; part < 8; ++part) memcpy(out + part * 64, q + part, 4);
+    }
+  }
+}
+
+// The 16 bytes of one block of 16 rows, rows first to first + 15, as four registers: register g holds bytes
+// 4g..4g+3 of every row.
+void transpose_rows(const uint8_t* block, int64_t row_bytes, __m512i out[4]) {
+  __m512i v[4];
+  for (int i = 0; i < 4; ++i) {
+    const uint8_t* p = block + i * row_bytes;
+    v[i] = _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    v[i] = _mm512_inserti32x4(v[i], _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 4 * row_bytes)), 1);
+    v[i] = _mm512_inserti32x4(v[i], _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8 * row_bytes)), 2);
+    v[i] = _mm512_inserti32x4(v[i], _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 12 * row_bytes)), 3);
+  }
+  const __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpacklo_epi32(v[2], v[3]);
+  const __m512i c = _mm512_unpackhi_epi32(v[0], v[1]), d = _mm512_unpackhi_epi32(v[2], v[3]);
+  out[0] = _mm512_unpacklo_epi64(a, b);
+  out[1] = _mm512_unpackhi_epi64(a, b);
+  out[2] = _mm512_unpacklo_epi64(c, d);
+  out[3] = _mm512_unpackhi_epi64(c, d);
+}
+
+void mxfp4_to_panel(const uint8_t* blocks, const uint8_t* scales, int64_t num_blocks, uint8_t* panel) {
+  const __m512i table = mxfp4_table(), mask = _mm512_set1_epi8(15);
+  auto* out = reinterpret_cast<uint16_t*>(panel + num_blocks * kPanelBlockBytes);
+  for (int64_t b = 0; b < num_blocks; ++b) {
+    __m512i v[4];
+    transpose_rows(blocks + b * 16, num_blocks * 16, v);
+    uint8_t* w = panel + b * kPanelBlockBytes;
+    for (int g = 0; g < 4; ++g) {
+      _mm512_storeu_si512(w + g * 64, _mm512_shuffle_epi8(table, _mm512_and_si512(v[g], mask)));
+      _mm512_storeu_si512(w + 256 + g * 64,
+                          _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(v[g], 4), mask)));
+    }
+    alignas(16) uint8_t e[kPanelRows];
+    for (int r = 0; r < kPanelRows; ++r) e[r] = scales[r * num_blocks + b];
+    const __m512i shifted = _mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<__m128i*>(e))), 23);
+    const __m512i bits = _mm512_castps_si512(finish_e8m0(shifted));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + b * kPanelRows),
+                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
+  }
+}
+
+// A panel with rows missing: the rows that are there are copied (16 rows of one block at a time need 256 bytes).
+void mxfp4_to_short_panel(const uint8_t* blocks, const uint8_t* scales, int num_rows, int64_t num_blocks, uint8_t* panel) {
+  const __m512i table = mxfp4_table(), mask = _mm512_set1_epi8(15);
+  auto* out = reinterpret_cast<uint16_t*>(panel + num_blocks * kPanelBlockBytes);
+  for (int64_t b = 0; b < num_blocks; ++b) {
+    alignas(64) uint8_t copy[kPanelRows * 16] = {};
+    alignas(16) uint8_t e[kPanelRows] = {};
+    for (int r = 0; r < num_rows; ++r) {
+      memcpy(copy + r * 16, blocks + (r * num_blocks + b) * 16, 16);
+      e[r] = scales[r * num_blocks + b];
+    }
+    __m512i v[4];
+    transpose_rows(copy, 16, v);
+    uint8_t* w = panel + b * kPanelBlockBytes;
+    for (int g = 0; g < 4; ++g) {
+      _mm512_storeu_si512(w + g * 64, _mm512_shuffle_epi8(table, _mm512_and_si512(v[g], mask)));
+      _mm512_storeu_si512(w + 256 + g * 64,
+                          _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(v[g], 4), mask)));
+    }
+    const __m512i shifted = _mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<__m128i*>(e))), 23);
+    const __m512i bits = _mm512_castps_si512(finish_e8m0(shifted));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + b * kPanelRows),
+                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
+  }
+}
+
+void mxfp4_to_panels(const uint8_t* blocks, const uint8_t* scales, int num_rows, int64_t num_blocks, uint8_t* panels) {
+  for (int p = 0; p < 2; ++p) {
+    const int64_t first = p * kPanelRows * num_blocks;
+    const int rows = num_rows - p * kPanelRows;
+    uint8_t* panel = panels + p * panel_bytes(num_blocks);
+    if (rows >= kPanelRows) mxfp4_to_panel(blocks + first * 16, scales + first, num_blocks, panel);
+    else mxfp4_to_short_panel(blocks + first * 16, scales + first, rows < 0 ? 0 : rows, num_blocks, panel);
+  }
+}
+
+void mxfp4_to_bf16(const uint8_t* blocks, const uint8_t* scales, int num_rows, int64_t num_blocks, uint16_t* weight) {
+  const __m512 table = _mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f,
+                                      -3.0f, -4.0f, -6.0f);
+  const __m128i mask = _mm_set1_epi8(15);
+  for (int64_t b = 0; b < num_rows * num_blocks; ++b) {
+    const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(blocks + b * 16));
+    const __m128i lo = _mm_and_si128(v, mask), hi = _mm_and_si128(_mm_srli_epi16(v, 4), mask);
+    const __m512 scale = finish_e8m0(_mm512_set1_epi32(scales[b] << 23));
+    const __m128i half[2] = {_mm_unpacklo_epi8(lo, hi), _mm_unpackhi_epi8(lo, hi)};
+    for (int h = 0; h < 2; ++h) {
+      const __m512 value = _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_cvtepu8_epi32(half[h]), table), scale);
+      // Exact: one bit of mantissa at most, and 0.5 * 2^-127 is still a bf16 denormal.
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(weight + b * kBlock + h * 16),
+                          _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(value), 16)));
+    }
+  }
+}
+
+// Tokens by panels. 32 registers: NT * NP integer and as many float sums, NP weights, one or two broadcasts, NP
+// scales; 4 by 2 and 8 by 1 fit, more spills.
+template <int NT, int NP>
+void panel_tile(const uint8_t* panels, int64_t num_blocks, const uint8_t* x, int64_t row_bytes, const int32_t* token,
+                float* tile) {
+  const uint8_t* row[NT];
+  __m512 sum[NT][NP];
+  for (int t = 0; t < NT; ++t) {
+    row[t] = x + token[t] * row_bytes;
+    for (int p = 0; p < NP; ++p) sum[t][p] = _mm512_setzero_ps();
+  }
+  const int64_t scale_at = scale_offset(num_blocks), start_at = start_offset(num_blocks);
+  const int64_t stride = panel_bytes(num_blocks);
+  for (int64_t b = 0; b < num_blocks; ++b) {
+    const int64_t at = b / kGroupBlocks * kGroupBytes + b % kGroupBlocks * 16;
+    const uint8_t* w = panels + b * kPanelBlockBytes;
+    __m512i acc[NT][NP];
+    for (int t = 0; t < NT; ++t) {
+      for (int p = 0; p < NP; ++p) acc[t][p] = _mm512_set1_epi32(dword(row[t] + start_at + b * 4));
+    }
+#pragma GCC unroll 8
+    for (int part = 0; part < 8; ++part) {
+      __m512i v[NP];
+      for (int p = 0; p < NP; ++p) v[p] = _mm512_loadu_si512(w + p * stride + part * 64);
+      for (int t = 0; t < NT; ++t) {
+        const __m512i a = _mm512_set1_epi32(dword(row[t] + at + part / 4 * 64 + part % 4 * 4));
+        for (int p = 0; p < NP; ++p) acc[t][p] = _mm512_dpbusd_epi32(acc[t][p], v[p], a);
+      }
+    }
+    for (int p = 0; p < NP; ++p) {
+      const __m512 scale = expand_bf16(_mm256_loadu_si256(
+          reinterpret_cast<const __m256i*>(panels + p * stride + num_blocks * kPanelBlockBytes + b * kPanelRows * 2)));
+      for (int t = 0; t < NT; ++t) {
+        const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(from_bits(dword(row[t] + scale_at + b * 4))));
+        sum[t][p] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[t][p]), both, sum[t][p]);
+      }
+    }
+  }
+  for (int t = 0; t < NT; ++t) {
+    for (int p = 0; p < NP; ++p) _mm512_storeu_ps(tile + t * kTileRows + p * kPanelRows, sum[t][p]);
+  }
+}
+
+template <int NP>
+void panel_tiles(const uint8_t* panels, int64_t num_blocks, const uint8_t* x, int64_t row_bytes, const int32_t* token,
+                 int num_tokens, float* tile) {
+  int t = 0;
+  for (; t + 4 <= num_tokens; t += 4) panel_tile<4, NP>(panels, num_blocks, x, row_bytes, token + t, tile + t * kTileRows);
+  if (num_tokens - t == 3) panel_tile<3, NP>(panels, num_blocks, x, row_bytes, token + t, tile + t * kTileRows);
+  if (num_tokens - t == 2) panel_tile<2, NP>(panels, num_blocks, x, row_bytes, token + t, tile + t * kTileRows);
+  if (num_tokens - t == 1) panel_tile<1, NP>(panels, num_blocks, x, row_bytes, token + t, tile + t * kTileRows);
+}
+
+void panel_product(const uint8_t* panels, int num_panels, int64_t num_blocks, const uint8_t* x, int64_t row_bytes,
+                   const int32_t* token, int num_tokens, float* tile) {
+  if (num_panels == 2) panel_tiles<2>(panels, num_blocks, x, row_bytes, token, num_tokens, tile);
+  else panel_tiles<1>(panels, num_blocks, x, row_bytes, token, num_tokens, tile);
+}
+
+// NR rows by NT tokens, four blocks of 32 inputs at a time: lane 4i + j of the sums holds block i.
+template <int NT, int NR>
+struct Mxfp4Tile {
+  const uint8_t* blocks;
+  const uint8_t* scales;
+  int64_t num_blocks;
+  const uint8_t* row[NT];
+  int64_t scale_at, start_at;
+  __m512 sum[NT][NR];
+
+  // `count` blocks of group g; the constants are passed so that they stay in registers.
+  template <bool kWhole>
+  inline __attribute__((always_inline)) void add(int64_t g, int count, __m512i table, __m512i nibble, __m512i lane,
+                                                 __m512i byte) {
+    __m512i even[NT], odd[NT], start[NT];
+    __m512 scale[NT];
+    for (int t = 0; t < NT; ++t) {
+      even[t] = _mm512_loadu_si512(row[t] + g * kGroupBytes);
+      odd[t] = _mm512_loadu_si512(row[t] + g * kGroupBytes + 64);
+      const __m128i s = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row[t] + scale_at + g * 16));
+      scale[t] = _mm512_castsi512_ps(_mm512_permutexvar_epi32(lane, _mm512_castsi128_si512(s)));
+      const __m128i n = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row[t] + start_at + g * 16));
+      start[t] = _mm512_maskz_permutexvar_epi32(0x1111, lane, _mm512_castsi128_si512(n));
+    }
+    for (int r = 0; r < NR; ++r) {
+      const uint8_t* w = blocks + (r * num_blocks + g * kGroupBlocks) * 16;
+      const uint8_t* e = scales + r * num_blocks + g * kGroupBlocks;
+      __m512i v;
+      uint32_t four = 0;
+      if (kWhole) {
+        v = _mm512_loadu_si512(w);
+        memcpy(&four, e, 4);
+      } else {
+        v = _mm512_maskz_loadu_epi32(static_cast<__mmask16>((1 << count * 4) - 1), w);
+        for (int i = 0; i < count; ++i) four |= static_cast<uint32_t>(e[i]) << i * 8;
+      }
+      const __m512i lo = _mm512_shuffle_epi8(table, _mm512_and_si512(v, nibble));
+      const __m512i hi = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(v, 4), nibble));
+      const __m512i exponent = _mm512_shuffle_epi8(_mm512_set1_epi32(static_cast<int>(four)), byte);
+      const __m512 ws = finish_e8m0(_mm512_slli_epi32(exponent, 7));
+      for (int t = 0; t < NT; ++t) {
+        const __m512i acc = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start[t], lo, even[t]), hi, odd[t]);
+        sum[t][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc), _mm512_mul_ps(ws, scale[t]), sum[t][r]);
+      }
+    }
+  }
+
+  inline __attribute__((always_inline)) void run(float* tile) {
+    const __m512i table = mxfp4_table(), nibble = _mm512_set1_epi8(15);
+    const __m512i lane = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+    // Byte i of a dword to the third byte (so << 7 makes it an exponent) of each dword of 128-bit lane i.
+    const __m512i byte = _mm512_or_si512(_mm512_slli_epi32(lane, 16), _mm512_set1_epi32(static_cast<int>(0x80008080u)));
+    for (int t = 0; t < NT; ++t) {
+      for (int r = 0; r < NR; ++r) sum[t][r] = _mm512_setzero_ps();
+    }
+    const int64_t whole = num_blocks / kGroupBlocks;
+    for (int64_t g = 0; g < whole; ++g) add<true>(g, kGroupBlocks, table, nibble, lane, byte);
+    const int rest = static_cast<int>(num_blocks % kGroupBlocks);
+    if (rest != 0) add<false>(whole, rest, table, nibble, lane, byte);
+    for (int t = 0; t < NT; ++t) {
+      for (int r = 0; r < NR; ++r) tile[t * kTileRows + r] = _mm512_reduce_add_ps(sum[t][r]);
+    }
+  }
+};
+
+template <int NT, int NR>
+void mxfp4_rows(const uint8_t* blocks, const uint8_t* scales, int64_t num_blocks, const uint8_t* x, int64_t row_bytes,
+                const int32_t* token, float* tile) {
+  Mxfp4Tile<NT, NR> work;
+  work.blocks = blocks;
+  work.scales = scales;
+  work.num_blocks = num_blocks;
+  work.scale_at = scale_offset(num_blocks);
+  work.start_at = start_offset(num_blocks);
+  for (int t = 0; t < NT; ++t) work.row[t] = x + token[t] * row_bytes;
+  work.run(tile);
+}
+
+template <int NR>
+void mxfp4_tokens(const uint8_t* blocks, const uint8_t* scales, int64_t num_blocks, const uint8_t* x, int64_t row_bytes,
+                  const int32_t* token, int num_tokens, float* tile) {
+  int t = 0;
+  for (; t + 2 <= num_tokens; t += 2) {
+    mxfp4_rows<2, NR>(blocks, scales, num_blocks, x, row_bytes, token + t, tile + t * kTileRows);
+  }
+  if (t < num_tokens) mxfp4_rows<1, NR>(blocks, scales, num_blocks, x, row_bytes, token + t, tile + t * kTileRows);
+}
+
+void mxfp4_product(const uint8_t* blocks, const uint8_t* scales, int num_rows, int64_t num_blocks, const uint8_t* x,
+                   int64_t row_bytes, const int32_t* token, int num_tokens, float* tile) {
+  int r = 0;
+  // Four rows, then all tokens: the rows (6 kB) stay in L1, so memory is read once.
+  for (; r + 4 <= num_rows; r += 4) {
+    mxfp4_tokens<4>(blocks + r * num_blocks * 16, scales + r * num_blocks, num_blocks, x, row_bytes, token, num_tokens, tile + r);
+  }
+  for (; r < num_rows; ++r) {
+    mxfp4_tokens<1>(blocks + r * num_blocks * 16, scales + r * num_blocks, num_blocks, x, row_bytes, token, num_tokens, tile + r);
+  }
+}
+
+template <int NT, int NR>
+void bf16_rows(const uint16_t* weight, int64_t num_inputs, const uint8_t* x, int64_t row_bytes, const int32_t* token,
+               float* tile) {
+  __m512 sum[NT][NR];
+  const uint16_t* row[NT];
+  for (int t = 0; t < NT; ++t) {
+    row[t] = reinterpret_cast<const uint16_t*>(x + token[t] * row_bytes);
+    for (int r = 0; r < NR; ++r) sum[t][r] = _mm512_setzero_ps();
+  }
+  for (int64_t k = 0; k < num_inputs; k += 32) {
+    __m512bh w[NR];
+    for (int r = 0; r < NR; ++r) w[r] = (__m512bh)_mm512_loadu_si512(weight + r * num_inputs + k);
+    for (int t = 0; t < NT; ++t) {
+      const __m512bh a = (__m512bh)_mm512_loadu_si512(row[t] + k);
+      for (int r = 0; r < NR; ++r) sum[t][r] = _mm512_dpbf16_ps(sum[t][r], w[r], a);
+    }
+  }
+  for (int t = 0; t < NT; ++t) {
+    for (int r = 0; r < NR; ++r) tile[t * kTileRows + r] = _mm512_reduce_add_ps(sum[t][r]);
+  }
+}
+
+template <int NR>
+void bf16_tokens(const uint16_t* weight, int64_t num_inputs, const uint8_t* x, int64_t row_bytes, const int32_t* token,
+                 int num_tokens, float* tile) {
+  int t = 0;
+  for (; t + 4 <= num_tokens; t += 4) bf16_rows<4, NR>(weight, num_inputs, x, row_bytes, token + t, tile + t * kTileRows);
+  for (; t < num_tokens; ++t) bf16_rows<1, NR>(weight, num_inputs, x, row_bytes, token + t, tile + t * kTileRows);
+}
+
+void bf16_product(const uint16_t* weight, int num_rows, int64_t num_inputs, const uint8_t* x, int64_t row_bytes,
+                  const int32_t* token, int num_tokens, float* tile) {
+  int r = 0;
+  for (; r + 4 <= num_rows; r += 4) bf16_tokens<4>(weight + r * num_inputs, num_inputs, x, row_bytes, token, num_tokens, tile + r);
+  for (; r < num_rows; ++r) bf16_tokens<1>(weight + r * num_inputs, num_inputs, x, row_bytes, token, num_tokens, tile + r);
+}
+
+template <int NT>
+void bf16_columns(const uint16_t* weight, int64_t num_inputs, const uint8_t* x, int64_t row_bytes, const int32_t* token,
+                  float* tile) {
+  // Word i of one row beside word i of the next: pairs along the inputs, which is what vdpbf16ps sums.
+  alignas(64) uint16_t order[64];
+  for (int i = 0; i < 32; ++i) {
+    order[2 * i] = static_cast<uint16_t>(i);
+    order[2 * i + 1] = static_cast<uint16_t>(32 + i);
+  }
+  const __m512i low = _mm512_load_si512(order), high = _mm512_load_si512(order + 32);
+  __m512 sum[NT][2];
+  const uint8_t* row[NT];
+  for (int t = 0; t < NT; ++t) {
+    row[t] = x + token[t] * row_bytes;
+    sum[t][0] = sum[t][1] = _mm512_setzero_ps();
+  }
+  for (int64_t k = 0; k < num_inputs; k += 2) {
+    const __m512i a = _mm512_loadu_si512(weight + k * kTileRows), b = _mm512_loadu_si512(weight + (k + 1) * kTileRows);
+    const __m512bh w0 = (__m512bh)_mm512_permutex2var_epi16(a, low, b);
+    const __m512bh w1 = (__m512bh)_mm512_permutex2var_epi16(a, high, b);
+    for (int t = 0; t < NT; ++t) {
+      const __m512bh pair = (__m512bh)_mm512_set1_epi32(dword(row[t] + k * 2));
+      sum[t][0] = _mm512_dpbf16_ps(sum[t][0], w0, pair);
+      sum[t][1] = _mm512_dpbf16_ps(sum[t][1], w1, pair);
+    }
+  }
+  for (int t = 0; t < NT; ++t) {
+    _mm512_storeu_ps(tile + t * kTileRows, sum[t][0]);
+    _mm512_storeu_ps(tile + t * kTileRows + 16, sum[t][1]);
+  }
+}
+
+void bf16_column_product(const uint16_t* weight, int64_t num_inputs, const uint8_t* x, int64_t row_bytes,
+                         const int32_t* token, int num_tokens, float* tile) {
+  int t = 0;
+  for (; t + 8 <= num_tokens; t += 8) bf16_columns<8>(weight, num_inputs, x, row_bytes, token + t, tile + t * kTileRows);
+  for (; t + 2 <= num_tokens; t += 2) bf16_columns<2>(weight, num_inputs, x, row_bytes, token + t, tile + t * kTileRows);
+  if (t < num_tokens) bf16_columns<1>(weight, num_inputs, x, row_bytes, token + t, tile + t * kTileRows);
+}
+
+// e^x to about one unit in the last place: 2^n times a polynomial in the rest, |rest| <= ln(2) / 2 (Taylor, degree
+// 7). Overflow gives infinity and underflow zero; NaN stays.
+__m512 exp_ps(__m512 x) {
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);  // ln 2 in two parts, the first short
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+  __m512 p = _mm512_set1_ps(1.0f / 5040);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 720));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(p, n);
+}
+
+void swiglu(const float* gate_up, const uint16_t* bias, int num_units, float limit, float alpha, float* out) {
+  const int size = 2 * num_units;
+  const auto m0 = static_cast<__mmask16>(size >= 16 ? 0xffff : (1 << size) - 1);
+  const auto m1 = static_cast<__mmask16>(size >= 16 ? (1u << (size - 16)) - 1 : 0);
+  const __m512 v0 = _mm512_add_ps(_mm512_maskz_loadu_ps(m0, gate_up), expand_bf16(_mm256_maskz_loadu_epi16(m0, bias)));
+  const __m512 v1 =
+      _mm512_add_ps(_mm512_maskz_loadu_ps(m1, gate_up + 16), expand_bf16(_mm256_maskz_loadu_epi16(m1, bias + 16)));
+  const __m512 most = _mm512_set1_ps(limit);
+  // The order of operands matters: min and max return the second where one is NaN.
+  const __m512 gate = _mm512_min_ps(most, _mm512_permutex2var_ps(v0, even_index(), v1));
+  __m512 up = _mm512_min_ps(most, _mm512_permutex2var_ps(v0, odd_index(), v1));
+  up = _mm512_max_ps(_mm512_set1_ps(-limit), up);
+  const __m512 one = _mm512_set1_ps(1.0f);
+  // At 88 the sum is 1.6e38: beyond it the quotient is zero for every gate that a model can produce.
+  const __m512 power = _mm512_min_ps(_mm512_set1_ps(88.0f), _mm512_mul_ps(_mm512_set1_ps(-alpha), gate));
+  const __m512 value = _mm512_mul_ps(_mm512_div_ps(gate, _mm512_add_ps(one, exp_ps(power))), _mm512_add_ps(up, one));
+  _mm512_mask_storeu_ps(out, static_cast<__mmask16>((1u << num_units) - 1), value);
+}
+
+void finish(const float* tile, const uint16_t* bias, int num_rows, float weight, bool add, float* out) {
+  for (int r = 0; r < num_rows; r += 16) {
+    const int left = num_rows - r;
+    const auto m = static_cast<__mmask16>(left >= 16 ? 0xffff : (1 << left) - 1);
+    __m512 value = _mm512_maskz_loadu_ps(m, tile + r);
+    if (bias) value = _mm512_add_ps(value, expand_bf16(_mm256_maskz_loadu_epi16(m, bias + r)));
+    value = _mm512_mul_ps(value, _mm512_set1_ps(weight));
+    if (add) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(m, out + r));
+    _mm512_mask_storeu_ps(out + r, m, value);
+  }
+}
+
+void add_parts(const float* part, int64_t stride, int num_parts, int64_t size, float* out) {
+  for (int64_t i = 0; i < size; i += 16) {
+    const auto m = static_cast<__mmask16>(size - i >= 16 ? 0xffff : (1 << (size - i)) - 1);
+    __m512 sum = _mm512_maskz_loadu_ps(m, part + i);
+    for (int a = 1; a < num_parts; ++a) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(m, part + a * stride + i));
+    _mm512_mask_storeu_ps(out + i, m, _mm512_add_ps(_mm512_maskz_loadu_ps(m, out + i), sum));
+  }
+}
+
+double spin_int8(int64_t rounds) {
+  __m512i acc[16];
+  for (int i = 0; i < 16; ++i) acc[i] = _mm512_setzero_si512();
+  __m512i a = _mm512_set1_epi32(static_cast<int>(rounds)), b = _mm512_set1_epi32(0x01020304);
+  for (int64_t n = 0; n < rounds; ++n) {
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+      acc[i] = _mm512_dpbusd_epi32(acc[i], a, b);
+      __asm__ volatile("" : "+v"(acc[i]));  // keeps the chain as written
+    }
+  }
+  return static_cast<double>(rounds) * 16 * 128;
+}
+
+uint64_t read_all(const uint8_t* data, int64_t size_bytes) {
+  __m512i a = _mm512_setzero_si512(), b = a, c = a, d = a;
+  for (int64_t i = 0; i < size_bytes; i += 256) {
+    _mm_prefetch(reinterpret_cast<const char*>(data + i + 4096), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(data + i + 4160), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(data + i + 4224), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(data + i + 4288), _MM_HINT_T0);
+    a = _mm512_xor_si512(a, _mm512_loadu_si512(data + i));
+    b = _mm512_xor_si512(b, _mm512_loadu_si512(data + i + 64));
+    c = _mm512_xor_si512(c, _mm512_loadu_si512(data + i + 128));
+    d = _mm512_xor_si512(d, _mm512_loadu_si512(data + i + 192));
+  }
+  return static_cast<uint64_t>(_mm512_reduce_or_epi64(_mm512_xor_si512(_mm512_xor_si512(a, b), _mm512_xor_si512(c, d))));
+}
+
+}  // namespace
+
+const MatmulTable kAvx512Matmul = {quantize_row, round_row,     quantize_panel, mxfp4_to_panels,     mxfp4_to_bf16,
+                                   panel_product, mxfp4_product, bf16_product,   bf16_column_product, swiglu,
+                                   finish,        add_parts,     spin_int8,      read_all};
+
+}  // namespace harmonium

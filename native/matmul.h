@@ -1,0 +1,121 @@
+// Matrix kernels: layouts, the table of functions that each instruction set fills, and the drivers over it.
+// docs/kernels.md draws the layouts; harmonium/kernels/reference_matmul.py is the specification in NumPy.
+#pragma once
+
+#include <cstdint>
+
+namespace harmonium {
+
+constexpr int kBlock = 32;           // inputs that share one scale, in weights and in activations
+constexpr int kGroupBlocks = 4;      // blocks of a group: 16 bytes each of even (or odd) elements fill a zmm register
+constexpr int kGroupBytes = 128;     // int8 activations of a group
+constexpr int kPanelRows = 16;       // outputs of a panel: int32 lanes of a zmm register
+constexpr int kPanelBlockBytes = 512;  // weights of a panel for one block, without the scales
+constexpr int kTileRows = 32;        // outputs of a task's tile: two panels
+constexpr int kMxfp4Offset = 12;     // added to doubled e2m1 values (-12..12) so that they are unsigned
+constexpr int kInt8Offset = 128;     // added to int8 weights for the same reason
+
+// Internal linkage: an inline function with external linkage, compiled once with AVX-512 and once without, is one
+// function to the linker, and the wrong copy may win.
+static inline std::int64_t num_groups(std::int64_t num_blocks) { return (num_blocks + kGroupBlocks - 1) / kGroupBlocks; }
+
+// A row of int8 activations, blocks padded with zeros to whole groups:
+//   q      [groups][even, odd][4 blocks][16] int8: element 2i (2i + 1) of block b is byte i of its even (odd) part
+//   scale  [groups * 4] float32
+//   start  [groups * 4] int32: minus offset times the sum of the block's q: what an accumulator starts with, so that
+//          unsigned weights (value + offset) give the product with the signed ones
+static inline std::int64_t int8_row_bytes(std::int64_t num_blocks) { return (num_groups(num_blocks) * 160 + 63) / 64 * 64; }
+static inline std::int64_t scale_offset(std::int64_t num_blocks) { return num_groups(num_blocks) * kGroupBytes; }
+static inline std::int64_t start_offset(std::int64_t num_blocks) { return num_groups(num_blocks) * (kGroupBytes + 16); }
+
+// A panel: 16 outputs by all inputs.
+//   weights [blocks][8][16 rows][4] uint8 (value + offset): part 0..3 are the even elements of the block, four at a
+//           time, 4..7 the odd ones
+//   scales  [blocks][16 rows] bf16, padded to 64 bytes
+static inline std::int64_t panel_bytes(std::int64_t num_blocks) {
+  return num_blocks * kPanelBlockBytes + (num_blocks * kPanelRows * 2 + 63) / 64 * 64;
+}
+
+// What an instruction set provides. A "tile" is float32 [num_tokens][kTileRows]; x is activations with a row every
+// row_bytes, token[i] the row that token i of the tile takes. Nothing here allocates, fails or prints.
+struct MatmulTable {
+  // One row of activations to int8; `factor` is multiplied into the scales.
+  void (*quantize_row)(const float* x, std::int64_t num_inputs, int offset, float factor, std::uint8_t* row);
+  // One row of activations to bf16, to nearest even.
+  void (*round_row)(const float* x, std::int64_t num_inputs, std::uint16_t* row);
+  // bf16 weights [num_rows <= 16][num_inputs] to one panel; missing rows become zeros.
+  void (*quantize_panel)(const std::uint16_t* weight, int num_rows, std::int64_t num_inputs, std::uint8_t* panel);
+  // MXFP4 rows (num_rows <= 32) to two panels; missing rows become zeros.
+  void (*mxfp4_to_panels)(const std::uint8_t* blocks, const std::uint8_t* scales, int num_rows, std::int64_t num_blocks,
+                          std::uint8_t* panels);
+  // MXFP4 rows (num_rows <= 32) to bf16 [num_rows][num_blocks * 32].
+  void (*mxfp4_to_bf16)(const std::uint8_t* blocks, const std::uint8_t* scales, int num_rows, std::int64_t num_blocks,
+                        std::uint16_t* weight);
+  // Products with one or two panels, int8 activations.
+  void (*panel_product)(const std::uint8_t* panels, int num_panels, std::int64_t num_blocks, const std::uint8_t* x,
+                        std::int64_t row_bytes, const std::int32_t* token, int num_tokens, float* tile);
+  // Products with MXFP4 rows as they lie (num_rows <= 32), int8 activations: for few tokens.
+  void (*mxfp4_product)(const std::uint8_t* blocks, const std::uint8_t* scales, int num_rows, std::int64_t num_blocks,
+                        const std::uint8_t* x, std::int64_t row_bytes, const std::int32_t* token, int num_tokens,
+                        float* tile);
+  // Products with bf16 rows [num_rows <= 32][num_inputs], bf16 activations.
+  void (*bf16_product)(const std::uint16_t* weight, int num_rows, std::int64_t num_inputs, const std::uint8_t* x,
+                       std::int64_t row_bytes, const std::int32_t* token, int num_tokens, float* tile);
+  // Products with bf16 columns [num_inputs][kTileRows], bf16 activations.
+  void (*bf16_column_product)(const std::uint16_t* weight, std::int64_t num_inputs, const std::uint8_t* x,
+                              std::int64_t row_bytes, const std::int32_t* token, int num_tokens, float* tile);
+  // gate_up [2 * num_units] (gate, up, gate, up, ...) and its bias to out [num_units]; num_units <= 16.
+  void (*swiglu)(const float* gate_up, const std::uint16_t* bias, int num_units, float limit, float alpha, float* out);
+  // out = (tile + bias) * weight, or out += that; bias may be null.
+  void (*finish)(const float* tile, const std::uint16_t* bias, int num_rows, float weight, bool add, float* out);
+  // out[i] += sum over a of part[a * stride + i], a in order.
+  void (*add_parts)(const float* part, std::int64_t stride, int num_parts, std::int64_t size, float* out);
+  // Multiply-adds as fast as the machine can, `rounds` times: what the products are measured against. Returns the
+  // number of multiplications and additions done.
+  double (*spin_int8)(std::int64_t rounds);
+  // Reads all of data (a multiple of 256 bytes); the value returned only keeps the loads.
+  std::uint64_t (*read_all)(const std::uint8_t* data, std::int64_t size_bytes);
+};
+
+extern const MatmulTable kScalarMatmul;
+#if defined(__x86_64__)
+extern const MatmulTable kAvx2Matmul;
+extern const MatmulTable kAvx512Matmul;
+#endif
+const MatmulTable& matmul_table();  // that of current_isa()
+
+enum class Activations : int { int8 = 0, bf16 = 1 };
+
+// A weight of num_outputs by num_inputs, or num_experts of them one after another.
+struct Weight {
+  enum class Kind { panels, mxfp4, bf16_rows, bf16_columns } kind;
+  const std::uint8_t* data;
+  const std::uint8_t* scales;  // mxfp4 only
+  const std::uint16_t* bias;   // null: none
+  std::int64_t num_outputs;
+  std::int64_t num_inputs;
+};
+
+struct Experts {
+  Weight gate_up;  // [E, 2F, D]
+  Weight down;     // [E, D, F]
+  std::int64_t num_experts;
+  float limit;
+  float alpha;
+};
+
+// The drivers: they share the work among the threads of the pool. All throw std::bad_alloc when memory is out.
+void quantize_weight(const std::uint16_t* weight, std::int64_t num_outputs, std::int64_t num_inputs, std::uint8_t* panels);
+void linear(const float* x, std::int64_t num_tokens, const Weight& weight, Activations activations, bool add, float* out);
+void moe(const float* x, std::int64_t num_tokens, const std::int32_t* expert_id, const float* expert_weight,
+         int num_active, const Experts& experts, Activations activations, float* out);
+
+// Bytes of shared scratch that a call takes (kept for the next one) and bytes that each thread takes.
+std::int64_t linear_scratch_bytes(std::int64_t num_tokens, std::int64_t num_inputs);
+std::int64_t moe_scratch_bytes(std::int64_t num_tokens, std::int64_t hidden, std::int64_t expert_size, int num_active);
+std::int64_t matmul_thread_bytes(std::int64_t max_inputs);
+
+double measure_read_bandwidth(const std::uint8_t* data, std::int64_t size_bytes, int repeats);  // bytes a second
+double measure_int8_ops(std::int64_t rounds);                                                  // operations a second
+
+}  // namespace harmonium
