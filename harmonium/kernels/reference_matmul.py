@@ -40,8 +40,8 @@ _LEAST_NORMAL = np.finfo(np.float32).tiny
 
 
 def _from_bf16(bits: Bf16) -> F32:
-    wide: npt.NDArray[np.uint32] = bits.astype(np.uint32) << 16
-    return wide.view(np.float32)
+    wide = bits.astype(np.uint32) << np.uint32(16)
+    return np.asarray(wide, np.uint32).view(np.float32)
 
 
 def _round_to_bf16(x: F32) -> F32:
@@ -61,8 +61,8 @@ def decode_mxfp4(blocks: U8, scales: U8) -> F32:
     value = np.stack([E2M1_VALUES[blocks & 15], E2M1_VALUES[blocks >> 4]], axis=-1)
     scale = np.ldexp(np.float32(1), scales.astype(np.int32) - 127).astype(np.float32)
     scale[scales == 255] = np.nan
-    product = value.reshape(*blocks.shape[:-1], _BLOCK) * scale[..., None]
-    return product.reshape(*blocks.shape[:-2], -1).astype(np.float32)
+    product: F32 = value.reshape(*blocks.shape[:-1], _BLOCK) * scale[..., None]
+    return product.reshape(*blocks.shape[:-2], -1)
 
 
 def quantize_activations(x_TK: F32) -> tuple[Int8, F32]:
@@ -75,7 +75,7 @@ def quantize_activations(x_TK: F32) -> tuple[Int8, F32]:
     most = np.abs(block).max(axis=-1)
     is_finite = np.isfinite(block).all(axis=-1)
     scale = np.where(is_finite, most, np.float32(0)).astype(np.float32) / np.float32(127)
-    is_used = is_finite & (scale >= _LEAST_NORMAL)
+    is_used: npt.NDArray[np.bool_] = np.asarray(is_finite & (scale >= _LEAST_NORMAL))
     inverse = np.float32(1) / np.where(is_used, scale, np.float32(1))
     q = np.rint(np.where(is_used[..., None], block, np.float32(0)) * inverse[..., None]).astype(np.int8)
     scale = np.where(is_used, scale, np.where(is_finite, np.float32(0), np.float32(np.nan))).astype(
