@@ -101,13 +101,14 @@ def make_tiny_checkpoint(
     if num_shards < 1:
         raise ConfigError(f"num_shards is {num_shards}; expected at least 1")
     config = tiny_config(vocabulary_size=vocabulary_size, **sizes)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+    temporary: Path | None = None
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
         table = (
-            _original_config(config)
+            original_config(config)
             if layout == "original"
-            else _huggingface_config(config, experts, rope, tied)
+            else huggingface_config(config, experts, rope, tied)
         )
         (temporary / CONFIG_NAME).write_text(json.dumps(table, indent=2), encoding="utf-8")
         _write_weights(temporary, _stored_tensors(config, layout, experts, seed, tied), num_shards)
@@ -116,7 +117,8 @@ def make_tiny_checkpoint(
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be written ({error})") from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
@@ -245,7 +247,7 @@ def _write_weights(folder: Path, tensors: Iterable[_Stored], num_shards: int) ->
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def _huggingface_config(
+def huggingface_config(
     config: ModelConfig, experts: ExpertFormat, spelling: RopeSpelling, tied: bool
 ) -> dict[str, object]:
     rope: dict[str, object] = {
@@ -270,10 +272,11 @@ def _huggingface_config(
         "max_position_embeddings": config.max_context,
         "rms_norm_eps": config.rms_norm_eps,
         "tie_word_embeddings": tied,
-        "eos_token_id": 200002,
-        "pad_token_id": 199999,
         **_shared_sizes(config),
     }
+    if config.vocabulary_size > 200_002:
+        # Transformers refuses ids that the vocabulary does not have.
+        table |= {"eos_token_id": 200_002, "pad_token_id": 199_999}
     if spelling == "rope_scaling":
         table |= {"rope_theta": config.rope.theta, "rope_scaling": rope, "torch_dtype": "bfloat16"}
     else:
@@ -283,7 +286,7 @@ def _huggingface_config(
     return table
 
 
-def _original_config(config: ModelConfig) -> dict[str, object]:
+def original_config(config: ModelConfig) -> dict[str, object]:
     return {
         "num_hidden_layers": config.num_layers,
         "num_experts": config.num_experts,

@@ -14,6 +14,7 @@ from typing import Any
 import numpy.typing as npt
 
 from harmonium.checkpoint.config_json import CheckpointConfig, Layout, read_config
+from harmonium.checkpoint.files import shorten
 from harmonium.checkpoint.model_config import ModelConfig
 from harmonium.checkpoint.names import (
     EMBEDDING,
@@ -122,9 +123,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         file = files[shard] = SafetensorsFile(shard)
         for name in file.entries if listed is None else listed:
             if name not in file.entries:
-                raise CheckpointError(f"{shard}: lacks tensor {name!r}, which {INDEX_NAME} says it holds")
+                raise CheckpointError(
+                    f"{shard}: lacks tensor {shorten(name)}, which {INDEX_NAME} says it holds"
+                )
             if name in stored:
-                raise CheckpointError(f"{shard}: tensor {name!r} is in {stored[name][0].path.name} too")
+                raise CheckpointError(
+                    f"{shard}: tensor {shorten(name)} is in {stored[name][0].path.name} too"
+                )
             stored[name] = (file, file.entries[name])
     expert_format = find_expert_format(stored, config.layout, str(folder))
     _refuse_more_layers(stored, config, folder)

@@ -108,7 +108,7 @@ def parse_json_object(text: bytes, where: str) -> dict[str, Any]:
         table = dict(pairs)
         if len(table) != len(pairs):
             [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
-            raise CheckpointError(f"{where}: the key {twice!r} occurs twice in one object")
+            raise CheckpointError(f"{where}: the key {shorten(twice)} occurs twice in one object")
         return table
 
     try:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from harmonium.checkpoint.config_json import Layout
+from harmonium.checkpoint.files import shorten
 from harmonium.checkpoint.model_config import ModelConfig
 from harmonium.checkpoint.mxfp4 import BLOCK_BYTES, BLOCK_SIZE
 from harmonium.errors import CheckpointError
@@ -175,13 +176,11 @@ def find_expert_format(stored: Iterable[str], layout: Layout, where: str) -> Exp
     first_packed = next((name for name in names if name.endswith(packed)), None)
     first_plain = next((name for name in names if name.endswith(plain)), None)
     if first_packed and first_plain:
-        raise CheckpointError(
-            f"{where}: holds MXFP4 experts ({first_packed}) and bf16 experts ({first_plain}); "
-            "expected one format"
-        )
+        both = f"{shorten(first_packed)} (MXFP4) and {shorten(first_plain)} (bf16)"
+        raise CheckpointError(f"{where}: holds experts in two formats, {both}; expected one")
     if first_plain and layout == "original":
         raise CheckpointError(
-            f"{where}: tensor {first_plain} is plain; experts of the original layout must be MXFP4"
+            f"{where}: tensor {shorten(first_plain)} is plain; experts of the original layout must be MXFP4"
         )
     if first_packed:
         return "mxfp4"

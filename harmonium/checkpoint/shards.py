@@ -33,14 +33,14 @@ def find_folder(path: Path) -> Path:
         is_folder = path.is_dir()
         if not is_folder and not path.exists():
             raise ConfigError(_missing(path))
+        if not is_folder:
+            _refuse_file(path)
+            path = path.parent
+        for folder in (path, path / "original"):
+            if (folder / CONFIG_NAME).is_file() and _weight_files(folder):
+                return folder
     except (OSError, ValueError) as error:
         raise ConfigError(f"{str(path)!r}: cannot be looked at ({error})") from None
-    if not is_folder:
-        _refuse_file(path)
-        path = path.parent
-    for folder in (path, path / "original"):
-        if (folder / CONFIG_NAME).is_file() and _weight_files(folder):
-            return folder
     if not os.path.lexists(path / CONFIG_NAME):
         raise CheckpointError(_no_config(path))
     return path
@@ -55,7 +55,7 @@ def find_shards(folder: Path) -> dict[Path, list[str] | None]:
         return {folder / _SINGLE_NAME: None}
     if os.path.lexists(folder / INDEX_NAME):
         return _read_index(folder / INDEX_NAME)
-    files = [file for file in _weight_files(folder) if file.suffix == ".safetensors"]
+    files = _weight_files(folder)
     if files:
         return dict.fromkeys(files)
     names = sorted(file.name for file in _listed(folder))
@@ -105,12 +105,8 @@ def _listed(folder: Path) -> list[Path]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """*.safetensors and the index. Hidden names are temporary files of a writer."""
-    return [
-        file
-        for file in _listed(folder)
-        if not file.name.startswith(".") and (file.suffix == ".safetensors" or file.name == INDEX_NAME)
-    ]
+    """Every *.safetensors. Hidden names are temporary files of a writer."""
+    return [file for file in _listed(folder) if file.suffix == ".safetensors" and file.name[0] != "."]
 
 
 def _missing(path: Path) -> str:
