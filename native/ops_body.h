@@ -205,15 +205,38 @@ inline void start(const AttentionTile& t, const Work& w) {
   }
 }
 
-// Convert the keys and values of positions [begin, begin + count) into scratch; lanes past count hold some key.
-inline void load_chunk(const AttentionTile& t, const Work& w, std::int64_t begin, std::int64_t count) {
+// Where the positions of a chunk lie: elements from the start of the cache to key (or value) i.
+struct Places {
+  std::int64_t count;
+  std::int64_t at[kKeyChunk];
+};
+
+inline void find_places(const AttentionTile& t, std::int64_t begin, Places& places) {
+  places.count = smaller(kKeyChunk, t.end - begin);
+  std::int64_t block = begin / t.block_size, offset = begin % t.block_size;
+  for (std::int64_t i = 0; i < places.count; ++block, offset = 0) {
+    const std::int64_t run = smaller(t.block_size - offset, places.count - i);
+    std::int64_t at = t.block[block] * t.block_stride + offset * t.head_size;
+    for (const std::int64_t end = i + run; i < end; ++i, at += t.head_size) places.at[i] = at;
+  }
+}
+
+inline void prefetch_place(const AttentionTile& t, std::int64_t at) {
+  for (std::int64_t k = 0; k < t.head_size; k += 32) {  // 32 bf16 are a cache line
+    prefetch(t.key + at + k);
+    prefetch(t.value + at + k);
+  }
+}
+
+// Convert the keys and values of a chunk into scratch; lanes past its count hold some key. Asks meanwhile for the
+// memory of the next chunk: its blocks lie anywhere, and the processor's own prefetch stops at the end of a page.
+inline void load_chunk(const AttentionTile& t, const Work& w, const Places& places, const Places& next) {
   const std::uint16_t* key[kKeyChunk];
-  const std::int64_t K = t.head_size;
+  const std::int64_t K = t.head_size, count = places.count;
   for (std::int64_t i = 0; i < count; ++i) {
-    const std::int64_t position = begin + i;
-    const std::int64_t at = t.block[position / t.block_size] * t.block_stride + position % t.block_size * K;
-    key[i] = t.key + at;
-    const std::uint16_t* value = t.value + at;
+    if (i < next.count) prefetch_place(t, next.at[i]);
+    key[i] = t.key + places.at[i];
+    const std::uint16_t* value = t.value + places.at[i];
     float* out = w.value + i * w.width;
     std::int64_t k = 0;
     for (; k + kLanes <= K; k += kLanes) store(out + k, load_bf16(value + k));
@@ -305,11 +328,16 @@ inline void finish(const AttentionTile& t, const Work& w) {
 
 void attend(const AttentionTile& t) {
   const Work w = carve(t);
+  Places places[2];
+  find_places(t, t.begin, places[0]);
   start(t, w);
-  for (std::int64_t begin = t.begin; begin < t.end; begin += kKeyChunk) {
-    const std::int64_t count = smaller(kKeyChunk, t.end - begin);
-    load_chunk(t, w, begin, count);
-    for (std::int64_t row = 0; row < w.padded_rows; row += kRows) attend_rows(t, w, row, begin, count);
+  int now = 0;
+  for (std::int64_t begin = t.begin; begin < t.end; begin += kKeyChunk, now = 1 - now) {
+    find_places(t, smaller(begin + kKeyChunk, t.end), places[1 - now]);
+    load_chunk(t, w, places[now], places[1 - now]);
+    for (std::int64_t row = 0; row < w.padded_rows; row += kRows) {
+      attend_rows(t, w, row, begin, places[now].count);
+    }
   }
   finish(t, w);
 }

@@ -78,18 +78,23 @@ inline void transpose_keys(const std::uint16_t* const* row, std::int64_t head_si
     const std::int64_t pairs = head_size - k >= 32 ? 16 : (head_size - k) / 2;
     const __mmask16 mask = first_lanes(pairs);
     __m512i a[16], b[16];
+#pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) a[i] = _mm512_maskz_loadu_epi32(mask, row[i] + k);
+#pragma GCC unroll 16
     for (int i = 0; i < 16; i += 2) {
       b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
       b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
     }
+#pragma GCC unroll 16
     for (int i = 0; i < 16; i += 4) {
+#pragma GCC unroll 16
       for (int j = 0; j < 2; ++j) {
         a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
         a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
       }
     }
     // a[4q + c] holds, in its 128-bit lane l, pair 4l + c of rows 4q to 4q + 3.
+#pragma GCC unroll 16
     for (int c = 0; c < 4; ++c) {
       const __m512i low01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x44), high01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xee);
       const __m512i low23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x44);
@@ -99,7 +104,9 @@ inline void transpose_keys(const std::uint16_t* const* row, std::int64_t head_si
       b[8 + c] = _mm512_shuffle_i32x4(high01, high23, 0x88);
       b[12 + c] = _mm512_shuffle_i32x4(high01, high23, 0xdd);
     }
-    for (std::int64_t i = 0; i < pairs; ++i) {
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+      if (i >= pairs) break;
       float* to = out + (k + 2 * i) * kKeyChunk;
       store(to, _mm512_castsi512_ps(_mm512_slli_epi32(b[i], 16)));
       store(to + kKeyChunk, _mm512_castsi512_ps(_mm512_and_si512(b[i], odd)));
