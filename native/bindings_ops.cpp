@@ -1,5 +1,6 @@
 // Checks of the arrays for native/ops.h: a ValueError names the argument, its value and what was expected.
 #include <climits>
+#include <cstring>
 #include <vector>
 
 #include "bindings.h"
@@ -71,8 +72,11 @@ const float* short_vector(const ReadOnly& array, const char* name, std::int64_t 
   if (array.dtype() == nb::dtype<float>()) return input<float>(array, name, "float32", {count});
   const auto* bits = input<std::uint16_t>(array, name, "float32 or uint16 (bf16 bits)", {count});
   buffer.resize(count);
-  const std::int32_t row = 0;
-  gather_rows(bits, &row, 1, count, buffer.data());
+  // Not by gather_rows: the thread pool may be busy, and the GIL is still held here.
+  for (std::int64_t i = 0; i < count; ++i) {
+    const std::uint32_t wide = static_cast<std::uint32_t>(bits[i]) << 16;
+    std::memcpy(&buffer[i], &wide, sizeof wide);
+  }
   return buffer.data();
 }
 

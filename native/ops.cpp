@@ -23,8 +23,10 @@ constexpr std::int64_t kRouterExperts = 16;
 // Positions in one piece of a context that is split over tasks. Fixed, so that sums are taken in the same order for
 // any number of threads.
 constexpr std::int64_t kPiece = 512;
-// A sequence of more tiles than this has tasks enough; its context stays whole.
-constexpr std::int64_t kMaxSplitTiles = 4;
+// A sequence with more tokens than kPieceTokens has pieces that are longer in proportion, which keeps the memory for
+// its partial results what kPieceTokens need; one with more than kMaxSplitTokens has tasks enough and stays whole.
+constexpr std::int64_t kPieceTokens = 4;
+constexpr std::int64_t kMaxSplitTokens = 64;
 
 const OpsTable& table() {
 #if defined(__x86_64__)
@@ -58,9 +60,9 @@ std::int64_t tile_tokens(std::int64_t group_size) {
   return std::clamp<std::int64_t>(kTileRows / group_size, 1, kMaxTileTokens);
 }
 
-// Positions in a piece for a sequence of num_tiles query tiles.
-std::int64_t piece_positions(std::int64_t num_tiles, std::int64_t context) {
-  return num_tiles <= kMaxSplitTiles ? kPiece * num_tiles : context;
+// Positions in a piece of a sequence's context.
+std::int64_t piece_positions(std::int64_t num_tokens, std::int64_t context) {
+  return num_tokens <= kMaxSplitTokens ? kPiece * ceil_div(num_tokens, kPieceTokens) : context;
 }
 
 // One query tile of one sequence, for every kv head, and the pieces of the context that it reads.
@@ -81,7 +83,8 @@ void plan_sequence(const AttentionBatch& batch, const KeyValueCache& cache, std:
   const std::int64_t group_size = batch.num_heads / cache.num_kv_heads, tokens = tile_tokens(group_size);
   const std::int64_t first = batch.query_start[s], count = batch.query_start[s + 1] - first;
   const std::int64_t context = batch.context_length[s], num_tiles = ceil_div(count, tokens);
-  const std::int64_t piece = std::max<std::int64_t>(1, piece_positions(num_tiles, context));
+  if (count == 0) return;
+  const std::int64_t piece = piece_positions(count, context);
   // The last tile reads most: it comes first, so that no thread starts a long task at the end.
   for (std::int64_t i = num_tiles - 1; i >= 0; --i) {
     TilePlan t;
@@ -236,10 +239,11 @@ std::int64_t attention_scratch_bytes(std::int64_t num_heads, std::int64_t num_kv
                                      int num_threads) {
   const std::int64_t group_size = num_heads / num_kv_heads, tokens = tile_tokens(group_size);
   const std::int64_t tiles = std::min(num_tokens, ceil_div(num_tokens, tokens) + num_sequences);
-  // A sequence's partial results: its rows times its pieces, which is most when all its tokens are in one tile.
-  const std::int64_t split_tokens = std::min(num_tokens, num_sequences * tokens * kMaxSplitTiles);
+  // Partial results: rows times pieces; pieces grow with a sequence's tokens, rounding adds less than one piece.
   const std::int64_t pieces = ceil_div(max_context, kPiece);
-  const std::int64_t partial = split_tokens * num_heads * (head_size + 2) * pieces;
+  const std::int64_t split_rows = std::min(num_tokens, num_sequences * kPieceTokens) * pieces +
+                                  std::min(num_tokens, num_sequences * kMaxSplitTokens);
+  const std::int64_t partial = split_rows * num_heads * (head_size + 2);
   const std::int64_t work = tiles * pieces;
   return static_cast<std::int64_t>(sizeof(float)) *
              (num_threads * attention_tile_floats(group_size, head_size) + partial) +

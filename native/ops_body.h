@@ -10,6 +10,7 @@
 // with its twin from the common build would crash older processors (tools/check_symbols.py looks for that).
 
 constexpr std::int64_t kPair = 2 * kLanes;
+constexpr std::int64_t kDirectRows = 8;
 // Lower than any finite score. Finite, so that exp(-inf - kLowest) is 0 and not NaN for a row that is masked as yet.
 constexpr float kLowest = -3.0e38f;
 
@@ -134,10 +135,36 @@ void softmax(float* x, std::int64_t count) {
 // scores, values as they lie (lanes are the head's elements) for the output. Keys and values are thus converted once
 // for all rows of the tile.
 
+// What the loop over the depth does beside its sums, and where it finds the rows of B.
+struct Plain {
+  const float* b;
+  std::int64_t stride;
+  V at(std::int64_t k, std::int64_t lane) const { return load(b + k * stride + lane); }
+  void beside(std::int64_t) const {}
+};
+
+// Asks for the memory of the next chunk, a line of keys and one of values a step: spread over the arithmetic, these
+// requests wait for memory while the sums go on. The memory is that of kPair positions if they lie in one block.
+struct Ahead : Plain {
+  const std::uint16_t *key, *value;
+  void beside(std::int64_t k) const {
+    prefetch(key + k * kPair);
+    prefetch(value + k * kPair);
+  }
+};
+
+// Values as they lie in the cache.
+struct Direct {
+  const std::uint16_t* b;
+  const std::int64_t* place;
+  V at(std::int64_t k, std::int64_t lane) const { return load_bf16(b + place[k] + lane); }
+  void beside(std::int64_t) const {}
+};
+
 // c = a . b, or c = c * factor[row] + a . b, for kRows rows and 2 vectors.
-template <bool kAccumulate>
-inline void product_block(const float* a, std::int64_t a_stride, const float* b, std::int64_t b_stride,
-                          std::int64_t depth, float* c, std::int64_t c_stride, const float* factor) {
+template <bool kAccumulate, typename B>
+inline void product_block(const float* a, std::int64_t a_stride, const B& b, std::int64_t depth, float* c,
+                          std::int64_t c_stride, const float* factor) {
   V sum[kRows][2];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
@@ -145,7 +172,8 @@ inline void product_block(const float* a, std::int64_t a_stride, const float* b,
     sum[r][1] = kAccumulate ? mul(load(c + r * c_stride + kLanes), set1(factor[r])) : zero();
   }
   for (std::int64_t k = 0; k < depth; ++k) {
-    const V b0 = load(b + k * b_stride), b1 = load(b + k * b_stride + kLanes);
+    b.beside(k);
+    const V b0 = b.at(k, 0), b1 = b.at(k, kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const V x = set1(a[r * a_stride + k]);
@@ -163,6 +191,7 @@ inline void product_block(const float* a, std::int64_t a_stride, const float* b,
 // A tile's working memory, carved out of AttentionTile.scratch.
 struct Work {
   std::int64_t rows, padded_rows, width;  // width: K rounded up to whole pairs of vectors
+  bool is_direct;                         // values are read where they lie: rows are too few to share a conversion
   float* query;                           // [padded_rows, K], scaled
   float* out;                             // [padded_rows, width], unnormalized
   float* top;                             // [padded_rows] highest score so far
@@ -177,6 +206,7 @@ inline Work carve(const AttentionTile& t) {
   w.rows = t.num_tokens * t.group_size;
   w.padded_rows = round_up(w.rows, kRows);
   w.width = round_up(t.head_size, kPair);
+  w.is_direct = w.padded_rows <= kDirectRows && w.width == t.head_size;
   float* p = t.scratch;
   w.query = p, p += round_up(w.padded_rows * t.head_size, 16);
   w.out = p, p += round_up(w.padded_rows * w.width, 16);
@@ -221,21 +251,13 @@ inline void find_places(const AttentionTile& t, std::int64_t begin, Places& plac
   }
 }
 
-inline void prefetch_place(const AttentionTile& t, std::int64_t at) {
-  for (std::int64_t k = 0; k < t.head_size; k += 32) {  // 32 bf16 are a cache line
-    prefetch(t.key + at + k);
-    prefetch(t.value + at + k);
-  }
-}
-
-// Convert the keys and values of a chunk into scratch; lanes past its count hold some key. Asks meanwhile for the
-// memory of the next chunk: its blocks lie anywhere, and the processor's own prefetch stops at the end of a page.
-inline void load_chunk(const AttentionTile& t, const Work& w, const Places& places, const Places& next) {
+// Convert the keys of a chunk into scratch, and the values unless they are used as they lie; lanes past its count
+// hold some key.
+inline void load_chunk(const AttentionTile& t, const Work& w, const Places& places) {
   const std::uint16_t* key[kKeyChunk];
   const std::int64_t K = t.head_size, count = places.count;
-  for (std::int64_t i = 0; i < count; ++i) {
-    if (i < next.count) prefetch_place(t, next.at[i]);
-    key[i] = t.key + places.at[i];
+  for (std::int64_t i = 0; i < count; ++i) key[i] = t.key + places.at[i];
+  for (std::int64_t i = 0; i < (w.is_direct ? 0 : count); ++i) {
     const std::uint16_t* value = t.value + places.at[i];
     float* out = w.value + i * w.width;
     std::int64_t k = 0;
@@ -269,9 +291,41 @@ inline float weigh_row(float* score, std::int64_t n0, std::int64_t n1, float* to
   return factor;
 }
 
-// kRows rows, from row `row`, against the chunk [begin, begin + count) in scratch.
+// score = query . key for kRows rows and the chunk's positions [n0, n1). The first rows of a tile bring in the next
+// chunk: its blocks lie anywhere, and the processor's own prefetch stops at the end of a page.
+inline void score_rows(const AttentionTile& t, const Work& w, std::int64_t row, std::int64_t n0, std::int64_t n1,
+                       const Places& next) {
+  const float* query = w.query + row * t.head_size;
+  for (std::int64_t n = n0; n < n1; n += kPair) {
+    const Plain keys = {w.key + n, kKeyChunk};
+    if (row == 0 && n < next.count) {
+      const Ahead ahead = {keys, t.key + next.at[n], t.value + next.at[n]};
+      product_block<false>(query, t.head_size, ahead, t.head_size, w.score + n, kKeyChunk, nullptr);
+    } else {
+      product_block<false>(query, t.head_size, keys, t.head_size, w.score + n, kKeyChunk, nullptr);
+    }
+  }
+}
+
+// out = out * factor + weight . value for kRows rows and the chunk's positions [low, high].
+inline void add_values(const AttentionTile& t, const Work& w, std::int64_t row, std::int64_t low, std::int64_t high,
+                       const Places& places, const float* factor) {
+  for (std::int64_t n = 0; n < w.width; n += kPair) {
+    float* out = w.out + row * w.width + n;
+    if (w.is_direct) {
+      const Direct values = {t.value + n, places.at + low};
+      product_block<true>(w.score + low, kKeyChunk, values, high + 1 - low, out, w.width, factor);
+    } else {
+      const Plain values = {w.value + low * w.width + n, w.width};
+      product_block<true>(w.score + low, kKeyChunk, values, high + 1 - low, out, w.width, factor);
+    }
+  }
+}
+
+// kRows rows, from row `row`, against the chunk at position `begin`.
 inline void attend_rows(const AttentionTile& t, const Work& w, std::int64_t row, std::int64_t begin,
-                        std::int64_t count) {
+                        const Places& places, const Places& next) {
+  const std::int64_t count = places.count;
   const std::int64_t last_row = smaller(row + kRows, w.rows) - 1;
   const std::int64_t window = t.window ? t.window : t.first_position + t.num_tokens;
   // What the rows may see, relative to begin: the first row's window to the last row's own position.
@@ -279,10 +333,7 @@ inline void attend_rows(const AttentionTile& t, const Work& w, std::int64_t row,
   const std::int64_t high = smaller(count - 1, t.first_position + last_row / t.group_size - begin);
   if (low > high) return;
   const std::int64_t n0 = low / kPair * kPair, n1 = round_up(high + 1, kPair);
-  for (std::int64_t n = n0; n < n1; n += kPair) {
-    product_block<false>(w.query + row * t.head_size, t.head_size, w.key + n, kKeyChunk, t.head_size, w.score + n,
-                         kKeyChunk, nullptr);
-  }
+  score_rows(t, w, row, n0, n1, next);
   float factor[kRows];
   for (std::int64_t r = 0; r < kRows; ++r) {
     float* score = w.score + r * kKeyChunk;
@@ -293,10 +344,7 @@ inline void attend_rows(const AttentionTile& t, const Work& w, std::int64_t row,
     for (std::int64_t n = last; n < n1; ++n) score[n] = -__builtin_inff();
     factor[r] = weigh_row(score, n0, n1, w.top + row + r, w.sum + row + r);
   }
-  for (std::int64_t n = 0; n < w.width; n += kPair) {
-    product_block<true>(w.score + low, kKeyChunk, w.value + low * w.width + n, w.width, high + 1 - low,
-                        w.out + row * w.width + n, w.width, factor);
-  }
+  add_values(t, w, row, low, high, places, factor);
 }
 
 // out = value / (sum + exp(sink - top)), written so that neither exponent is positive.
@@ -334,9 +382,9 @@ void attend(const AttentionTile& t) {
   int now = 0;
   for (std::int64_t begin = t.begin; begin < t.end; begin += kKeyChunk, now = 1 - now) {
     find_places(t, smaller(begin + kKeyChunk, t.end), places[1 - now]);
-    load_chunk(t, w, places[now], places[1 - now]);
+    load_chunk(t, w, places[now]);
     for (std::int64_t row = 0; row < w.padded_rows; row += kRows) {
-      attend_rows(t, w, row, begin, places[now].count);
+      attend_rows(t, w, row, begin, places[now], places[1 - now]);
     }
   }
   finish(t, w);

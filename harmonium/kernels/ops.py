@@ -1,8 +1,9 @@
 """The typed face of the kernels that are no matrix products.
 
 Arrays are C-contiguous; `out` arrays are written whole. Every function raises ValueError, naming the
-argument, its value and what was expected, for a wrong dtype, shape or stride, and for slots, token ids and block ids
-outside their arrays. The GIL is released while a kernel runs. Results are the same for any number of threads.
+argument, its value and what was expected, for a wrong dtype, shape or stride, and for slots, token ids and
+block ids outside their arrays. The GIL is released while a kernel runs. Results are the same for any number
+of threads.
 
 Short vectors (a norm's weight, the router's bias, the sinks) may be float32 or, as in a checkpoint, bf16 bits
 in uint16. Dimension letters: docs/architecture.md.

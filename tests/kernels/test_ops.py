@@ -251,7 +251,7 @@ def test_attention_of_mixed_batch_is_dense_softmax_with_sinks(isa: str, shape: s
 
 
 @pytest.mark.parametrize("context", [1000, 5000])
-@pytest.mark.parametrize("num_new", [1, 3, 100])
+@pytest.mark.parametrize("num_new", [1, 3, 20, 64, 100])
 @pytest.mark.parametrize("window", [0, 128])
 def test_attention_of_long_context_is_dense_softmax_with_sinks(
     isa: str, context: int, num_new: int, window: int
@@ -337,6 +337,7 @@ def test_attention_scratch_grows_with_what_it_pays_for() -> None:
     assert at(1, 1, 512, 1) < at(1, 1, 512, 2) < at(1, 1, 131072, 2) < at(8, 8, 131072, 2)
     # One sequence decoding at full context: about 270 bytes a head for each piece of 512 positions.
     assert at(1, 1, 131072, 2) < 8 << 20
+    assert at(512, 8, 131072, 2) < 256 << 20
 
 
 # ---- bad input
