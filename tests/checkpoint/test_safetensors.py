@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import random
 import struct
@@ -53,7 +54,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "header longer than the file": (struct.pack("<Q", 5000) + b"{}", "5,000 bytes; the file has 2"),
     "header over the limit": (
         struct.pack("<Q", MAX_HEADER_BYTES + 1) + b"{}" * 8,
-        "expected at most 100,000,000",
+        "expected at most 16,000,000",
     ),
     "header length of 2**64 - 1": (b"\xff" * 8 + b"{}", "expected at most"),
     "header not JSON": (pack(b'{"a": nope}'), "is not JSON"),
@@ -186,6 +187,33 @@ def test_page_span_covers_outwards_and_spares_neighbors_inwards() -> None:
     assert last <= first
     assert page_span(page - 1, 2 * page + 2, outward=False) == (page, 3 * page)
     assert page_span(2 * page, page, outward=True) == page_span(2 * page, page, outward=False)
+
+
+def test_willneed_covers_the_tensors_pages_and_dontneed_spares_its_neighbors(tmp_path: Path) -> None:
+    page = mmap.PAGESIZE
+    numbers = np.zeros(2 * page + 100, np.uint8)
+    write_safetensors(tmp_path / "m", [(name, "U8", numbers) for name in "abc"])
+    file = SafetensorsFile(tmp_path / "m")
+    calls: list[tuple[int, int, int]] = []
+
+    class RecordingMap:
+        def __len__(self) -> int:
+            return (tmp_path / "m").stat().st_size
+
+        def madvise(self, option: int, start: int, length: int) -> None:
+            calls.append((option, start, start + length))
+
+    file._map = RecordingMap()  # type: ignore[assignment]
+    entry = file.entries["b"]
+    begin, end = entry.offset, entry.offset + entry.nbytes
+    file.advise("willneed", begin, entry.nbytes)
+    file.advise("dontneed", begin, entry.nbytes)
+    (need, first, last), (drop, inner_first, inner_last) = calls
+    assert (need, drop) == (mmap.MADV_WILLNEED, mmap.MADV_DONTNEED)
+    assert first <= begin < first + page
+    assert last - page < end <= last
+    assert begin <= inner_first < begin + page
+    assert end - page < inner_last <= end
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
