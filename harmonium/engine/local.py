@@ -10,6 +10,7 @@ from contextlib import aclosing
 import numpy as np
 import numpy.typing as npt
 
+from harmonium.checkpoint.model_config import ModelConfig
 from harmonium.config import CACHE_BLOCK_TOKENS, EngineConfig
 from harmonium.engine.admission import check_request, check_token_ids
 from harmonium.engine.blocks import PagedCache
@@ -18,10 +19,8 @@ from harmonium.engine.scheduler import Scheduler
 from harmonium.engine.sequence import Sequence
 from harmonium.engine.worker import EngineStatistics, Stream, Worker
 from harmonium.errors import ConfigError, EngineClosed, EngineError, PromptTooLong, RequestError
+from harmonium.model.memory import MAX_LOGIT_ROWS
 from harmonium.model.runner import Runner
-
-LOGITS_CHUNK_TOKENS = 16
-"""Rows of logits that one step returns: each is a float32 for every token of the vocabulary."""
 
 
 class LocalEngine:
@@ -49,26 +48,7 @@ class LocalEngine:
         Raises ConfigError when the cache could not hold one sequence of context_length tokens.
         """
         config = config or EngineConfig()
-        cache = PagedCache(
-            num_full_blocks,
-            num_window_blocks,
-            block_tokens=CACHE_BLOCK_TOKENS,
-            window=runner.config.window,
-            max_sequences=config.max_sequences,
-            max_tokens=context_length,
-            prefix_cache=config.prefix_cache,
-        )
-        least_full = -(-context_length // CACHE_BLOCK_TOKENS)
-        least_window = min(least_full, cache.window_blocks_before + 1)
-        for name, value, least in (
-            ("num_full_blocks", num_full_blocks, least_full),
-            ("num_window_blocks", num_window_blocks, least_window),
-        ):
-            if value < least:
-                raise ConfigError(
-                    f"{name} is {value:,}; one sequence of {context_length:,} tokens needs {least:,} "
-                    f"blocks of {CACHE_BLOCK_TOKENS} tokens"
-                )
+        cache = _make_cache(runner.config, context_length, num_full_blocks, num_window_blocks, config)
         scheduler = Scheduler(
             cache, config.max_sequences, min(config.max_batch_tokens, runner.max_batch_tokens)
         )
@@ -134,7 +114,7 @@ class LocalEngine:
                 f"token_ids has {len(token_ids):,} tokens; the context is {self._info.context_length:,}"
             )
         check_token_ids(token_ids, self._info.vocabulary_size, "token_ids")
-        sequence = Sequence(Request("logits", token_ids), self._info.context_length, LOGITS_CHUNK_TOKENS)
+        sequence = Sequence(Request("logits", token_ids), self._info.context_length, MAX_LOGIT_ROWS)
         async with aclosing(self._events(sequence)) as events:
             async for event in events:
                 if event.finish_reason == "error":
@@ -149,6 +129,40 @@ class LocalEngine:
         self._worker.stop()
         await asyncio.to_thread(self._worker.join)
         self._finalizer.detach()
+
+
+def _make_cache(
+    model: ModelConfig,
+    context_length: int,
+    num_full_blocks: int,
+    num_window_blocks: int,
+    config: EngineConfig,
+) -> PagedCache:
+    window = model.window
+    if "window" not in model.layer_kinds:
+        # No layer reads a window block: the books get a pool that never runs out before the other.
+        window, num_window_blocks = 1, num_full_blocks
+    cache = PagedCache(
+        num_full_blocks,
+        num_window_blocks,
+        block_tokens=CACHE_BLOCK_TOKENS,
+        window=window,
+        max_sequences=config.max_sequences,
+        max_tokens=context_length,
+        prefix_cache=config.prefix_cache,
+    )
+    least_full = -(-context_length // CACHE_BLOCK_TOKENS)
+    least_window = min(least_full, cache.window_blocks_before + 1)
+    for name, value, least in (
+        ("num_full_blocks", num_full_blocks, least_full),
+        ("num_window_blocks", num_window_blocks, least_window),
+    ):
+        if value < least:
+            raise ConfigError(
+                f"{name} is {value:,}; one sequence of {context_length:,} tokens needs {least:,} "
+                f"blocks of {CACHE_BLOCK_TOKENS} tokens"
+            )
+    return cache
 
 
 def _shut_down(worker: Worker) -> None:

@@ -137,7 +137,6 @@ class Worker:
         try:
             while self._receive():
                 self._step()
-                self._publish()
         except BaseException as error:
             _log.exception("the engine has stopped")
             with self._changed:
@@ -226,6 +225,7 @@ class Worker:
                     # It ended in the step in which its reader left.
                     self._aborted.remove(sequence)
                     self._finished["aborted"] += 1
+        self._publish()  # before a reader can look: who has its last event sees its blocks given back
         for loop, items in events_of.items():
             self._hand_over(loop, items)
 
@@ -252,7 +252,6 @@ class Worker:
         reason: FinishReason = "aborted" if defect is None else "error"
         error = None if defect is None else _describe(defect)
         self._send([(s, TokenEvent((), reason, s.num_cached_tokens or 0, error)) for s in left])
-        self._publish()
 
     def _publish(self) -> None:
         scheduler, cache = self._scheduler, self._scheduler.cache

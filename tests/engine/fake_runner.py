@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from harmonium.checkpoint.model_config import ModelConfig, RopeConfig
+from harmonium.checkpoint.model_config import LayerKind, ModelConfig, RopeConfig
 from harmonium.config import CACHE_BLOCK_TOKENS
 from harmonium.model.batch import Batch, RowSampling, SampledToken, SamplingParams, StepResult
 
@@ -27,7 +27,9 @@ Words = npt.NDArray[np.uint64]
 Table = npt.NDArray[np.int32]
 
 
-def fake_config(window: int = 40) -> ModelConfig:
+def fake_config(
+    window: int = 40, layer_kinds: tuple[LayerKind, ...] = ("window", "full", "window")
+) -> ModelConfig:
     """A shape with this window; the fake runner reads nothing else but the vocabulary's size."""
     return ModelConfig(
         num_layers=3,
@@ -41,7 +43,7 @@ def fake_config(window: int = 40) -> ModelConfig:
         vocabulary_size=VOCABULARY_SIZE,
         window=window,
         max_context=4096,
-        layer_kinds=("window", "full", "window"),
+        layer_kinds=layer_kinds,
         rope=RopeConfig(10000.0, 1.0, 32.0, 1.0, 4096, False),
         rms_norm_eps=1e-5,
         swiglu_limit=7.0,

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import threading
 from contextlib import aclosing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ import pytest
 from harmonium.engine import LocalEngine, Request
 from harmonium.engine.sequence import draw_uniform
 from harmonium.errors import ConfigError, EngineBusy, EngineClosed, PromptTooLong, RequestError
-from harmonium.model.batch import Batch, RowSampling, SamplingParams
-from tests.engine.fake_runner import FakeRunner, expected_answer, last_hidden
+from harmonium.model.batch import Batch, RowSampling, SamplingParams, StepResult
+from tests.engine.fake_runner import FakeRunner, expected_answer, fake_config, last_hidden
 from tests.engine.serving import (
     answer,
     check_empty,
@@ -295,6 +296,27 @@ def test_smallest_cache_serves_a_sequence_of_the_whole_context() -> None:
     assert serve(engine, [greedy(prompt_of(700), 300)] * 2) == [expected_answer(prompt_of(700), 300)] * 2
 
 
+def test_model_without_window_layers_needs_no_window_blocks() -> None:
+    class FullRunner(FakeRunner):
+        """Its window layers read blocks that only it knows of, as many as the full pool has."""
+
+        def __init__(self) -> None:
+            super().__init__(window=1)
+            self.config = fake_config(4096, ("full",))
+
+        def allocate_cache(self, num_full_blocks: int, num_window_blocks: int) -> None:
+            assert num_window_blocks == 0
+            super().allocate_cache(num_full_blocks, num_full_blocks)
+
+        def _step(self, batch: Batch) -> StepResult:
+            return super()._step(replace(batch, window_block_SB=batch.full_block_SB))
+
+    runner = FullRunner()
+    engine = make_engine(runner, num_window_blocks=0)
+    prompt = prompt_of(200)
+    assert serve(engine, [greedy(prompt, 20)] * 2) == [expected_answer(prompt, 20, window=4096)] * 2
+
+
 class Gate:
     """A before_step that holds the runner in a step until it is opened."""
 
@@ -381,6 +403,23 @@ def test_reader_that_leaves_during_a_step_frees_its_blocks_before_the_next() -> 
 
     asyncio.run(run())
     assert [len(batch.context_length_S) for batch in runner.batches] == [1, 1, 1, 1]
+
+
+def test_reader_that_leaves_in_the_step_that_ends_its_answer_harms_nobody() -> None:
+    gate = Gate()
+    engine = make_engine(FakeRunner(before_step=gate))
+
+    async def run() -> None:
+        leaver = asyncio.create_task(answer(engine, greedy([1], 1)))
+        await asyncio.to_thread(gate.entered.wait)
+        leaver.cancel()
+        await asyncio.wait([leaver])
+        gate.opened.set()
+        assert await answer(engine, greedy([2], 3)) == expected_answer([2], 3)
+        await engine.close()
+
+    asyncio.run(run())
+    assert engine.statistics.finished == {"aborted": 1, "length": 1}
 
 
 def test_failing_request_ends_with_error_and_others_go_on() -> None:
@@ -556,6 +595,7 @@ def test_logits_of_every_position_come_back_while_others_are_served() -> None:
 
     async def run() -> np.ndarray:
         logits, *_ = await asyncio.gather(engine.logits(tuple(prompt)), answer(engine, greedy(prompt, 50)))
+        assert (await engine.logits(tuple(prompt)) == logits).all()  # though its prefix is cached by now
         for bad, error in (((), RequestError), ((97,), RequestError), ((1,) * 1025, PromptTooLong)):
             with pytest.raises(error):
                 await engine.logits(bad)

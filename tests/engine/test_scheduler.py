@@ -112,7 +112,7 @@ def test_latest_arrival_is_preempted_and_comes_first_again() -> None:
 def test_newcomer_waits_until_it_fits_beside_those_that_run() -> None:
     served = Served(num_full=10, max_batch_tokens=300)
     served.add(prompt_of(200), 100)
-    late = served.add(prompt_of(90, 1), 5)
+    late = served.add(prompt_of(90, 1), 100)
     for _ in range(60):
         served.step()
     assert late.lease is None and served.scheduler.num_preemptions == 0
@@ -125,6 +125,21 @@ def test_oldest_gets_on_though_later_ones_hold_the_blocks() -> None:
         served.add(prompt_of(100, seed), 200)
     served.run()
     assert len(served.finished) == 3
+
+
+def test_sequence_that_was_scheduled_is_not_preempted_in_the_same_step() -> None:
+    """An old sequence in prefill (here: returning logits, 16 tokens a step) waits for later decodes."""
+    served = Served(num_full=10, max_batch_tokens=300, prefix_cache=False)
+    old = Sequence(Request("r", tuple(prompt_of(170))), CONTEXT, logits_chunk=16)
+    served.scheduler.add(old)
+    late = [served.add(prompt_of(20, seed), 200) for seed in range(2)]
+    for _ in range(1000):
+        if served.scheduler.has_work:
+            served.step()
+    assert set(served.finished) == {old, *late}
+    assert old.returned_logits is not None and sum(map(len, old.returned_logits)) == 170
+    for sequence in late:
+        check_answer(sequence, served.window)
 
 
 def test_no_more_sequences_run_than_a_step_has_tokens() -> None:
