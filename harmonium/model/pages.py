@@ -1,9 +1,7 @@
-"""Memory of mapped files: bring it in before it is needed, give it back when it is not.
+"""Bring the pages of a mapped file into memory before they are needed.
 
-Pages that come in one fault at a time make a first token slow; pages that stay mapped after their contents
-were converted count twice. Both are hints: where the system lacks them the numbers stay right.
-
-Source: madvise(2).
+Pages that come in one fault at a time make a first token slow. A hint: where the system lacks it the
+numbers stay right. Source: madvise(2).
 """
 
 from __future__ import annotations
@@ -30,17 +28,6 @@ def bring_in(array: npt.NDArray[Any]) -> None:
         if not _advise(start, size, _POPULATE_READ):
             _touch(array)
             return
-
-
-def give_back(array: npt.NDArray[Any]) -> None:
-    """Unmap the pages that hold nothing but this array; whoever reads them gets them from the file again.
-
-    Only for views of a mapped file: private memory would lose its contents.
-    """
-    first = -(-array.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
-    last = (array.ctypes.data + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    if last > first and hasattr(mmap, "MADV_DONTNEED"):
-        _advise(first, last - first, mmap.MADV_DONTNEED)
 
 
 def _pieces(array: npt.NDArray[Any]) -> list[tuple[int, int]]:

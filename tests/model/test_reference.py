@@ -87,7 +87,7 @@ def test_window_layers_see_exactly_their_window() -> None:
 )
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_layout_gives_the_logits_of_the_same_numbers(
-    name: str, layout: Any, experts: str, tmp_path: Path, golden: dict[str, Any]
+    name: str, layout: Any, experts: Any, tmp_path: Path, golden: dict[str, Any]
 ) -> None:
     with open_checkpoint(tiny_folder(tmp_path, name, layout, experts)) as checkpoint:
         assert (checkpoint.layout, checkpoint.expert_format) == (layout, experts)

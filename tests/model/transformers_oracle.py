@@ -23,7 +23,8 @@ def transformers_model(checkpoint: TensorSource, *, our_frequencies: bool = Fals
 
     config = checkpoint.config
     rope = config.rope
-    oracle = GptOssForCausalLM._from_config(
+    make: Any = GptOssForCausalLM._from_config
+    oracle = make(
         GptOssConfig(
             num_hidden_layers=config.num_layers,
             num_local_experts=config.num_experts,

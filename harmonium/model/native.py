@@ -1,0 +1,280 @@
+"""NativeRunner: a step of the model over the native kernels, with a paged key/value cache.
+
+The arithmetic is that of reference.py, in the same order; what differs is told in docs/numerics.md.
+Everything a step needs lies in memory taken before the first one: a step allocates only what it returns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from harmonium.checkpoint.model_config import LayerKind, ModelConfig
+from harmonium.checkpoint.names import EMBEDDING
+from harmonium.config import CACHE_BLOCK_TOKENS, Weights
+from harmonium.errors import EngineClosed
+from harmonium.kernels.ops import attention, gather_rows, rms_norm, rope_and_store, router
+from harmonium.model.batch import Batch, SampledToken, StepResult
+from harmonium.model.memory import EMBEDDING_ROWS_KEPT, MAX_LOGIT_ROWS, block_bytes
+from harmonium.model.rope import attention_factor, inverse_frequencies, rope_tables
+from harmonium.model.sampler import sample_rows
+from harmonium.model.weights import (
+    FloatArray,
+    LayerWeights,
+    ModelWeights,
+    Progress,
+    TensorSource,
+    load_weights,
+)
+
+
+@dataclass(slots=True)
+class _Scratch:
+    """Rows for the tokens of a step. hidden and normed trade places in the last layer."""
+
+    hidden_TD: FloatArray
+    normed_TD: FloatArray
+    qkv_TN: FloatArray
+    mixed_TN: FloatArray
+    expert_id_TA: npt.NDArray[np.int32]
+    expert_weight_TA: FloatArray
+    logits_RV: FloatArray
+
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Where the step's tokens are: their angles, and their slots and blocks in each kind of cache."""
+
+    cos_TK2: FloatArray
+    sin_TK2: FloatArray
+    slot_T: dict[LayerKind, npt.NDArray[np.int64]]
+    block_SB: dict[LayerKind, npt.NDArray[np.int32]]
+
+
+class NativeRunner:
+    """Runs a checkpoint on the CPU. Implements model.runner.Runner.
+
+    weights: "int8" converts the dense weights at load and quantizes activations; "bf16" uses them as they are
+    and rounds activations to bf16. progress: called with (bytes done, bytes in all). The checkpoint is closed
+    with the runner. The kernels' threads and instruction set are the process's (kernels.runtime.configure).
+
+    Raises CheckpointError when the checkpoint lacks a tensor.
+    """
+
+    def __init__(
+        self,
+        checkpoint: TensorSource,
+        weights: Weights = "int8",
+        max_batch_tokens: int = 512,
+        progress: Progress | None = None,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._config = config = checkpoint.config
+        self._max_batch_tokens = max_batch_tokens
+        self._weights: ModelWeights | None = load_weights(checkpoint, weights, progress)
+        self._frequencies = inverse_frequencies(config.rope, config.head_size)
+        self._attention_factor = attention_factor(config.rope)
+        self._scratch: _Scratch | None = _take_scratch(config, max_batch_tokens)
+        self._caches: list[tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint16]]] = []
+        self._embedding_rows = 0
+
+    @property
+    def config(self) -> ModelConfig:
+        return self._config
+
+    @property
+    def bytes_per_full_block(self) -> int:
+        return block_bytes(self._config, "full")
+
+    @property
+    def bytes_per_window_block(self) -> int:
+        return block_bytes(self._config, "window")
+
+    @property
+    def max_batch_tokens(self) -> int:
+        return self._max_batch_tokens
+
+    @property
+    def dense_bytes(self) -> int:
+        """What the plan calls dense_bytes, as it was taken; 0 when closed."""
+        return 0 if self._weights is None else self._weights.dense_bytes
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Memory for a step beside what the kernels keep; 0 when closed."""
+        scratch = self._scratch
+        return 0 if scratch is None else sum(getattr(scratch, name).nbytes for name in scratch.__slots__)
+
+    def allocate_cache(self, num_full_blocks: int, num_window_blocks: int) -> None:
+        assert not self._caches, "the cache was allocated before"
+        config = self._config
+        num_blocks = {"full": num_full_blocks, "window": num_window_blocks}
+        for kind in config.layer_kinds:
+            shape = (num_blocks[kind], config.num_kv_heads, CACHE_BLOCK_TOKENS, config.head_size)
+            # Written once, so that the memory is there (or refused) now and not in the middle of a request.
+            self._caches.append((np.full(shape, 0, np.uint16), np.full(shape, 0, np.uint16)))
+
+    def step(self, batch: Batch) -> StepResult:
+        """See Runner. Raises EngineClosed after `close`, EngineError when a row of logits holds NaN."""
+        weights, scratch = self._weights, self._scratch
+        if weights is None or scratch is None:
+            raise EngineClosed("the runner has been closed")
+        num_tokens = batch.token_id_T.size
+        assert 0 < num_tokens <= self._max_batch_tokens, (
+            f"{num_tokens} tokens; scratch is for {self._max_batch_tokens}"
+        )
+        assert len(self._caches) == self._config.num_layers, "allocate_cache comes before the first step"
+        places = self._places(batch)
+        hidden_TD, normed_TD = scratch.hidden_TD[:num_tokens], scratch.normed_TD[:num_tokens]
+        self._embed(weights, batch.token_id_T, hidden_TD)
+        last = self._config.num_layers - 1
+        for index, layer in enumerate(weights.layers):
+            mixed_TN = self._attend(layer, index, batch, places, hidden_TD, normed_TD)
+            if index == last and not _is_every_row(batch.logit_row_R, num_tokens):
+                # Past the last attention only rows that get logits matter.
+                hidden_TD, normed_TD, mixed_TN = self._keep_rows(
+                    batch.logit_row_R, hidden_TD, normed_TD, mixed_TN
+                )
+                if not hidden_TD.size:
+                    break
+            layer.out(mixed_TN, hidden_TD, True)
+            self._mix_experts(layer, hidden_TD, normed_TD)
+        return self._finish(weights, batch, hidden_TD, normed_TD)
+
+    def close(self) -> None:
+        if self._weights is not None:
+            self._weights = self._scratch = None
+            self._caches.clear()
+            self._checkpoint.close()
+
+    def _places(self, batch: Batch) -> _Places:
+        position_T = batch.position_T
+        cos_TK2, sin_TK2 = rope_tables(position_T, self._frequencies, self._attention_factor)
+        sequence_T = np.repeat(np.arange(batch.context_length_S.size), np.diff(batch.query_start_S1))
+        index_T, offset_T = np.divmod(position_T, CACHE_BLOCK_TOKENS)
+        block_SB: dict[LayerKind, npt.NDArray[np.int32]] = {
+            "full": batch.full_block_SB,
+            "window": batch.window_block_SB,
+        }
+        slot_T: dict[LayerKind, npt.NDArray[np.int64]] = {}
+        for kind, table_SB in block_SB.items():
+            if kind in self._config.layer_kinds:
+                block_T = table_SB[sequence_T, index_T].astype(np.int64)
+                assert block_T.min() >= 0, f"a token of the step has no {kind} block"
+                slot_T[kind] = block_T * CACHE_BLOCK_TOKENS + offset_T
+        return _Places(cos_TK2, sin_TK2, slot_T, block_SB)
+
+    def _embed(self, weights: ModelWeights, token_id_T: npt.NDArray[np.int32], hidden_TD: FloatArray) -> None:
+        gather_rows(weights.embedding_VD, token_id_T, hidden_TD)
+        self._embedding_rows += token_id_T.size
+        if self._embedding_rows >= EMBEDDING_ROWS_KEPT:
+            # A row faults in 64 KB of the map around it; without this the whole table would end up resident.
+            self._checkpoint.advise(EMBEDDING, "dontneed")
+            self._embedding_rows = 0
+
+    def _attend(
+        self,
+        layer: LayerWeights,
+        index: int,
+        batch: Batch,
+        places: _Places,
+        hidden_TD: FloatArray,
+        normed_TD: FloatArray,
+    ) -> FloatArray:
+        """The heads' mixed values, before the output projection; keys and values go to the cache."""
+        config, scratch = self._config, self._scratch
+        assert scratch is not None
+        qkv_TN, mixed_TN = scratch.qkv_TN[: len(hidden_TD)], scratch.mixed_TN[: len(hidden_TD)]
+        key_cache, value_cache = self._caches[index]
+        rms_norm(hidden_TD, layer.attention_norm_D, config.rms_norm_eps, normed_TD)
+        layer.qkv(normed_TD, qkv_TN)
+        rope_and_store(
+            qkv_TN,
+            places.cos_TK2,
+            places.sin_TK2,
+            key_cache,
+            value_cache,
+            places.slot_T[layer.kind],
+            config.num_heads,
+        )
+        attention(
+            qkv_TN,
+            key_cache,
+            value_cache,
+            places.block_SB[layer.kind],
+            batch.query_start_S1,
+            batch.context_length_S,
+            layer.sink_H,
+            config.window if layer.kind == "window" else 0,
+            config.head_size**-0.5,
+            mixed_TN,
+        )
+        return mixed_TN
+
+    def _mix_experts(self, layer: LayerWeights, hidden_TD: FloatArray, normed_TD: FloatArray) -> None:
+        scratch = self._scratch
+        assert scratch is not None
+        expert_id_TA = scratch.expert_id_TA[: len(hidden_TD)]
+        expert_weight_TA = scratch.expert_weight_TA[: len(hidden_TD)]
+        rms_norm(hidden_TD, layer.mlp_norm_D, self._config.rms_norm_eps, normed_TD)
+        router(normed_TD, layer.router_weight_ED, layer.router_bias_E, expert_id_TA, expert_weight_TA)
+        layer.experts(normed_TD, expert_id_TA, expert_weight_TA, hidden_TD)
+
+    def _keep_rows(
+        self, row_R: npt.NDArray[np.int32], hidden_TD: FloatArray, normed_TD: FloatArray, mixed_TN: FloatArray
+    ) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """(hidden, normed, mixed) of these rows alone, in memory that the last layer needs no more."""
+        scratch, num_rows = self._scratch, row_R.size
+        assert scratch is not None
+        width = mixed_TN.shape[1]
+        mixed_RN = scratch.qkv_TN.reshape(-1)[: num_rows * width].reshape(num_rows, width)
+        # mode="clip" spares NumPy a buffered copy; the rows are in range.
+        np.take(mixed_TN, row_R, axis=0, out=mixed_RN, mode="clip")
+        np.take(hidden_TD, row_R, axis=0, out=normed_TD[:num_rows], mode="clip")
+        return normed_TD[:num_rows], hidden_TD[:num_rows], mixed_RN
+
+    def _finish(
+        self, weights: ModelWeights, batch: Batch, hidden_RD: FloatArray, normed_RD: FloatArray
+    ) -> StepResult:
+        """Logits and tokens of the rows in hidden_RD: those of logit_row_R, in its order."""
+        num_rows = batch.logit_row_R.size
+        if num_rows == len(hidden_RD) and num_rows:
+            rms_norm(hidden_RD, weights.norm_D, self._config.rms_norm_eps, normed_RD)
+        if batch.wants_logits:
+            logits_RV = np.empty((num_rows, self._config.vocabulary_size), np.float32)
+            if num_rows:
+                weights.unembedding(normed_RD, logits_RV)
+            return StepResult(sample_rows(logits_RV, batch.sampling), logits_RV)
+        scratch = self._scratch
+        assert scratch is not None
+        tokens: list[SampledToken | None] = []
+        for start in range(0, num_rows, len(scratch.logits_RV)):
+            rows = slice(start, min(start + len(scratch.logits_RV), num_rows))
+            logits_RV = scratch.logits_RV[: rows.stop - rows.start]
+            weights.unembedding(normed_RD[rows], logits_RV)
+            tokens += sample_rows(logits_RV, batch.sampling[rows])
+        return StepResult(tuple(tokens))
+
+
+def _is_every_row(row_R: npt.NDArray[np.int32], num_tokens: int) -> bool:
+    assert row_R.size <= num_tokens, f"{row_R.size} rows of logits for {num_tokens} tokens"
+    return row_R.size == num_tokens and bool((np.diff(row_R) == 1).all()) and row_R[0] == 0
+
+
+def _take_scratch(config: ModelConfig, max_batch_tokens: int) -> _Scratch:
+    T, A, HK = max_batch_tokens, config.num_active_experts, config.num_heads * config.head_size
+
+    def rows(width: int) -> FloatArray:
+        return np.zeros((T, width), np.float32)
+
+    return _Scratch(
+        hidden_TD=rows(config.hidden_size),
+        normed_TD=rows(config.hidden_size),
+        qkv_TN=rows(HK + 2 * config.num_kv_heads * config.head_size),
+        mixed_TN=rows(HK),
+        expert_id_TA=np.zeros((T, A), np.int32),
+        expert_weight_TA=rows(A),
+        logits_RV=np.zeros((min(MAX_LOGIT_ROWS, T), config.vocabulary_size), np.float32),
+    )

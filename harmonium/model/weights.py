@@ -1,0 +1,238 @@
+"""A checkpoint's tensors as the kernels take them: dense weights converted, experts where they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from harmonium.checkpoint.model_config import LayerKind, ModelConfig
+from harmonium.checkpoint.names import EMBEDDING, UNEMBEDDING
+from harmonium.checkpoint.safetensors import Advice
+from harmonium.config import Weights
+from harmonium.kernels.matmul import (
+    Int8Weight,
+    linear_bf16,
+    linear_int8,
+    moe_bf16,
+    moe_mxfp4,
+    quantize_weight,
+)
+from harmonium.model import pages
+
+FloatArray = npt.NDArray[np.float32]
+Bits = npt.NDArray[np.uint16]
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all) while weights are loaded."""
+
+
+class TensorSource(Protocol):
+    """What a model needs of a checkpoint (harmonium.checkpoint.Checkpoint has it)."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def expert_format(self) -> str: ...
+
+    def tensor(self, name: str) -> npt.NDArray[Any]:
+        """A view of the mapped file: bf16 as uint16 bits, MXFP4 as uint8."""
+        ...
+
+    def advise(self, names: str | Iterable[str], advice: Advice) -> None:
+        """Tell the system that tensors will be read soon, or that their mapped pages may leave memory."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Linear:
+    """x @ weight.T + bias with the weight as int8 panels, or as bf16 in the map."""
+
+    __slots__ = ("_bf16", "_bias", "_int8", "nbytes")
+
+    def __init__(self, weight_NK: Bits, bias_N: Bits | None, weights: Weights) -> None:
+        self._bias = bias_N
+        self._int8: Int8Weight | None = None
+        self._bf16: Bits | None = None
+        if weights == "int8":
+            self._int8 = quantize_weight(weight_NK)
+        else:
+            self._bf16 = weight_NK
+        held = weight_NK if self._int8 is None else self._int8
+        self.nbytes = held.nbytes + (0 if bias_N is None else bias_N.nbytes)
+
+    def __call__(self, x_TK: FloatArray, out_TN: FloatArray, add: bool = False) -> None:
+        """Writes out, or adds to it."""
+        if self._int8 is not None:
+            linear_int8(x_TK, self._int8, self._bias, out_TN, add)
+        else:
+            assert self._bf16 is not None
+            linear_bf16(x_TK, self._bf16, self._bias, out_TN, add)
+
+
+class Experts:
+    """All experts of a layer, as they lie in the files."""
+
+    __slots__ = ("_activations", "_arrays", "_is_mxfp4", "_limits", "mapped")
+
+    def __init__(self, source: TensorSource, name: str, weights: Weights) -> None:
+        config = source.config
+        self._is_mxfp4 = source.expert_format == "mxfp4"
+        self._activations = weights
+        self._limits = (config.swiglu_limit, config.swiglu_alpha)
+        parts = ("blocks", "scales", "bias") if self._is_mxfp4 else ("weight", "bias")
+        self._arrays = tuple(
+            source.tensor(f"{name}.{half}.{part}") for half in ("gate_up", "down") for part in parts
+        )
+        self.mapped = self._arrays
+
+    def __call__(
+        self, x_TD: FloatArray, expert_id_TA: npt.NDArray[np.int32], weight_TA: FloatArray, out_TD: FloatArray
+    ) -> None:
+        """Adds the weighted sum of the chosen experts to out."""
+        limit, alpha = self._limits
+        if self._is_mxfp4:
+            gate_up, gate_up_scales, gate_up_bias, down, down_scales, down_bias = self._arrays
+            moe_mxfp4(
+                x_TD,
+                expert_id_TA,
+                weight_TA,
+                gate_up,
+                gate_up_scales,
+                gate_up_bias,
+                down,
+                down_scales,
+                down_bias,
+                out_TD,
+                limit,
+                alpha,
+                self._activations,
+            )
+        else:
+            gate_up, gate_up_bias, down, down_bias = self._arrays
+            moe_bf16(
+                x_TD, expert_id_TA, weight_TA, gate_up, gate_up_bias, down, down_bias, out_TD, limit, alpha
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One layer. Small tensors are bf16 bits in the map."""
+
+    kind: LayerKind
+    attention_norm_D: Bits
+    qkv: Linear
+    sink_H: Bits
+    out: Linear
+    mlp_norm_D: Bits
+    router_weight_ED: Bits
+    router_bias_E: Bits
+    experts: Experts
+
+    @property
+    def dense_bytes(self) -> int:
+        """All but the experts' matrices."""
+        small = (
+            self.attention_norm_D,
+            self.sink_H,
+            self.mlp_norm_D,
+            self.router_weight_ED,
+            self.router_bias_E,
+        )
+        biases = sum(
+            array.nbytes for array in self.experts.mapped if array.dtype == np.uint16 and array.ndim == 2
+        )
+        return self.qkv.nbytes + self.out.nbytes + sum(array.nbytes for array in small) + biases
+
+
+@dataclass(frozen=True, slots=True)
+class ModelWeights:
+    """The whole model. embedding_VD: bf16 bits in the map, gathered row by row."""
+
+    embedding_VD: Bits
+    layers: tuple[LayerWeights, ...]
+    norm_D: Bits
+    unembedding: Linear
+
+    @property
+    def dense_bytes(self) -> int:
+        """All but the experts' matrices and the embedding."""
+        return sum(layer.dense_bytes for layer in self.layers) + self.norm_D.nbytes + self.unembedding.nbytes
+
+
+def load_weights(source: TensorSource, weights: Weights, progress: Progress | None = None) -> ModelWeights:
+    """Convert the dense weights and map the experts' pages; what was converted leaves memory again.
+
+    Raises CheckpointError for a tensor that is missing.
+    """
+    config = source.config
+    unembedding = source.tensor(UNEMBEDDING)
+    total = unembedding.nbytes + sum(_layer_bytes(source, layer) for layer in range(config.num_layers))
+    done = 0
+    layers = []
+    for layer in range(config.num_layers):
+        if layer + 1 < config.num_layers:
+            # The disk reads ahead while this layer is converted.
+            source.advise(_matrices(source, layer + 1), "willneed")
+        loaded = _load_layer(source, layer, weights)
+        for array in loaded.experts.mapped:
+            pages.bring_in(array)
+        layers.append(loaded)
+        done += _layer_bytes(source, layer)
+        if progress is not None:
+            progress(done, total)
+    head = Linear(unembedding, None, weights)
+    if weights == "int8":
+        source.advise(UNEMBEDDING, "dontneed")
+    else:
+        pages.bring_in(unembedding)
+    if progress is not None:
+        progress(total, total)
+    return ModelWeights(source.tensor(EMBEDDING), tuple(layers), source.tensor("norm.weight"), head)
+
+
+def _load_layer(source: TensorSource, layer: int, weights: Weights) -> LayerWeights:
+    name = f"layers.{layer}"
+
+    def tensor(part: str) -> npt.NDArray[Any]:
+        return source.tensor(f"{name}.{part}")
+
+    parts = [tensor(f"attention.{part}.weight") for part in "qkv"]
+    bias = np.concatenate([tensor(f"attention.{part}.bias") for part in "qkv"])
+    # One product for the three: their rows are put one below the other, and the files' pages given back.
+    qkv = Linear(np.concatenate(parts), bias, weights)
+    out_DN = tensor("attention.out.weight")
+    out = Linear(out_DN, tensor("attention.out.bias"), weights)
+    source.advise([f"{name}.attention.{part}.weight" for part in "qkv"], "dontneed")
+    if weights == "int8":
+        source.advise(f"{name}.attention.out.weight", "dontneed")
+    else:
+        pages.bring_in(out_DN)
+    return LayerWeights(
+        kind=source.config.layer_kinds[layer],
+        attention_norm_D=tensor("attention_norm.weight"),
+        qkv=qkv,
+        sink_H=tensor("attention.sinks"),
+        out=out,
+        mlp_norm_D=tensor("mlp_norm.weight"),
+        router_weight_ED=tensor("router.weight"),
+        router_bias_E=tensor("router.bias"),
+        experts=Experts(source, f"{name}.experts", weights),
+    )
+
+
+def _layer_bytes(source: TensorSource, layer: int) -> int:
+    """Bytes of a layer's matrices in the files: what progress counts."""
+    return sum(source.tensor(name).nbytes for name in _matrices(source, layer))
+
+
+def _matrices(source: TensorSource, layer: int) -> list[str]:
+    name = f"layers.{layer}"
+    dense = [f"{name}.attention.{part}.weight" for part in ("q", "k", "v", "out")]
+    parts = ("blocks", "scales") if source.expert_format == "mxfp4" else ("weight",)
+    experts = [f"{name}.experts.{half}.{part}" for half in ("gate_up", "down") for part in parts]
+    return dense + experts
