@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from harmonium.checkpoint.model_config import LayerKind, ModelConfig
 from harmonium.config import CACHE_BLOCK_TOKENS, EngineConfig, Weights
 from harmonium.errors import ConfigError, MemoryPlanError
+from harmonium.kernels import attention_scratch_bytes, matmul_scratch_bytes
 
 AUTO_CONTEXT_TOKENS = 8192
 """Longest context that is chosen unasked: 0.2 GB of cache for a 20b."""
@@ -83,14 +85,15 @@ def plan_memory(
             f"context_length is {wanted:,}; this model's longest context is {config.max_context:,}"
         )
     longest = min(AUTO_CONTEXT_TOKENS, config.max_context) if wanted is None else wanted
-    plan = _plan(config, expert_format, engine_config, memory_limit_bytes, threads, longest)
+    planner = _Planner(config, expert_format, engine_config, memory_limit_bytes, threads)
+    plan = planner.plan(longest)
     if plan.total_bytes <= memory_limit_bytes:
         return plan
     if wanted is None:
-        fitting = _longest_fitting(config, expert_format, engine_config, memory_limit_bytes, threads, longest)
+        fitting = planner.longest_fitting(longest)
         if fitting is not None and fitting.context_length >= min(SHORTEST_AUTO_CONTEXT_TOKENS, longest):
             return fitting
-    raise MemoryPlanError(_refusal(plan, config, expert_format, engine_config, threads))
+    raise MemoryPlanError(_refusal(plan, planner))
 
 
 def block_bytes(config: ModelConfig, kind: LayerKind) -> int:
@@ -136,128 +139,121 @@ def step_scratch_bytes(config: ModelConfig, max_batch_tokens: int) -> int:
     return 4 * (max_batch_tokens * row + logits)
 
 
-def kernel_scratch_bytes(config: ModelConfig, max_batch_tokens: int, threads: int) -> int:
-    """What kernels keep between calls: quantized activations, the experts' units, tiles of each thread."""
-    A, D, F = config.num_active_experts, config.hidden_size, config.expert_size
-    activations = max_batch_tokens * (D + config.num_heads * config.head_size) * 5 // 4
-    experts = max_batch_tokens * A * (4 * F + F * 5 // 4 + 4 * D)
-    return activations + experts + threads * (4 << 20)
-
-
-def _window_blocks(config: ModelConfig, engine_config: EngineConfig, context_length: int) -> int:
-    """Every sequence's window, what one step writes (twice: a chunk's blocks are freed after the next was
-    placed), and as many windows again for kept prefixes.
-    """
-    if "window" not in config.layer_kinds:
-        return 0
-    sequences, step = engine_config.max_sequences, engine_config.max_batch_tokens
-    window = math.ceil(config.window / CACHE_BLOCK_TOKENS) + 2
-    pool = sequences * window + 2 * (math.ceil(step / CACHE_BLOCK_TOKENS) + 1)
-    if engine_config.prefix_cache:
-        pool += sequences * window
-    whole = math.ceil((config.window + step) / CACHE_BLOCK_TOKENS) + 2
-    whole = min(whole, math.ceil(context_length / CACHE_BLOCK_TOKENS) + 1)
-    return max(whole, min(pool, sequences * whole))
-
-
-def _plan(
-    config: ModelConfig,
-    expert_format: str,
-    engine_config: EngineConfig,
-    memory_limit_bytes: int,
-    threads: int,
-    context_length: int,
-) -> MemoryPlan:
-    step = engine_config.max_batch_tokens
-    row_pages = _FAULT_AROUND_BYTES + 2 * config.hidden_size
-    num_window_blocks = _window_blocks(config, engine_config, context_length)
-    table = 2 * config.vocabulary_size * config.hidden_size
-    scratch = step_scratch_bytes(config, step) + kernel_scratch_bytes(config, step, threads)
-    plan = MemoryPlan(
-        context_length=context_length,
-        num_full_blocks=0,
-        num_window_blocks=num_window_blocks,
-        expert_bytes=expert_bytes(config, expert_format),
-        dense_bytes=dense_bytes(config, engine_config.weights),
-        embedding_bytes=min(table, EMBEDDING_ROWS_KEPT * row_pages),
-        full_cache_bytes=0,
-        window_cache_bytes=num_window_blocks * block_bytes(config, "window"),
-        scratch_bytes=scratch,
-        process_bytes=PROCESS_BYTES,
-        limit_bytes=memory_limit_bytes,
+def kernel_scratch_bytes(
+    config: ModelConfig, max_batch_tokens: int, max_sequences: int, context_length: int, threads: int
+) -> int:
+    """What kernels keep between calls, as they say themselves."""
+    D, HK = config.hidden_size, config.num_heads * config.head_size
+    matmul = matmul_scratch_bytes(
+        max_batch_tokens, D, config.expert_size, config.num_active_experts, max(D, HK), threads
     )
-    one_context = math.ceil(context_length / CACHE_BLOCK_TOKENS)
-    wanted = one_context * min(engine_config.max_sequences, SHARED_CONTEXTS)
-    block = block_bytes(config, "full")
-    # Half of what is left at most: the rest is the file cache's, and other programs'.
-    affordable = max(0, memory_limit_bytes - plan.total_bytes) // 2 // block if block else wanted
-    num_full_blocks = max(one_context, min(wanted, affordable))
-    return replace(plan, num_full_blocks=num_full_blocks, full_cache_bytes=num_full_blocks * block)
+    attention = attention_scratch_bytes(
+        config.num_heads,
+        config.num_kv_heads,
+        config.head_size,
+        max_batch_tokens,
+        min(max_sequences, max_batch_tokens),
+        context_length,
+        threads,
+    )
+    return matmul + attention
 
 
-def _longest_fitting(
-    config: ModelConfig,
-    expert_format: str,
-    engine_config: EngineConfig,
-    memory_limit_bytes: int,
-    threads: int,
-    longest: int,
-) -> MemoryPlan | None:
-    """The plan with the longest context, in whole blocks, that fits; None when one block does not."""
-    low, high = 0, longest // CACHE_BLOCK_TOKENS
-    best = None
-    while low < high:
-        middle = (low + high + 1) // 2
-        plan = _plan(
-            config, expert_format, engine_config, memory_limit_bytes, threads, middle * CACHE_BLOCK_TOKENS
+@dataclass(frozen=True, slots=True)
+class _Planner:
+    """What a plan depends on, but for the context length."""
+
+    config: ModelConfig
+    expert_format: str
+    engine: EngineConfig
+    limit_bytes: int
+    threads: int
+
+    def plan(self, context_length: int) -> MemoryPlan:
+        """The plan for this context; its cache takes what is wanted, what is affordable, or one context."""
+        config, step = self.config, self.engine.max_batch_tokens
+        num_window_blocks = self._num_window_blocks(context_length)
+        table = 2 * config.vocabulary_size * config.hidden_size
+        row_pages = _FAULT_AROUND_BYTES + 2 * config.hidden_size
+        kernels = kernel_scratch_bytes(config, step, self.engine.max_sequences, context_length, self.threads)
+        plan = MemoryPlan(
+            context_length=context_length,
+            num_full_blocks=0,
+            num_window_blocks=num_window_blocks,
+            expert_bytes=expert_bytes(config, self.expert_format),
+            dense_bytes=dense_bytes(config, self.engine.weights),
+            embedding_bytes=min(table, EMBEDDING_ROWS_KEPT * row_pages),
+            full_cache_bytes=0,
+            window_cache_bytes=num_window_blocks * block_bytes(config, "window"),
+            scratch_bytes=step_scratch_bytes(config, step) + kernels,
+            process_bytes=PROCESS_BYTES,
+            limit_bytes=self.limit_bytes,
         )
-        if plan.total_bytes <= memory_limit_bytes:
-            low, best = middle, plan
-        else:
-            high = middle - 1
-    return best
+        one_context = math.ceil(context_length / CACHE_BLOCK_TOKENS)
+        wanted = one_context * min(self.engine.max_sequences, SHARED_CONTEXTS)
+        block = block_bytes(config, "full")
+        # Half of what is left at most: the rest is the file cache's, and other programs'.
+        affordable = max(0, self.limit_bytes - plan.total_bytes) // 2 // block if block else wanted
+        num_full_blocks = max(one_context, min(wanted, affordable))
+        return replace(plan, num_full_blocks=num_full_blocks, full_cache_bytes=num_full_blocks * block)
+
+    def longest_fitting(self, longest: int) -> MemoryPlan | None:
+        """The plan with the longest context, in whole blocks, that fits; None when one block does not."""
+        low, high = 0, longest // CACHE_BLOCK_TOKENS
+        best = None
+        while low < high:
+            middle = (low + high + 1) // 2
+            plan = self.plan(middle * CACHE_BLOCK_TOKENS)
+            if plan.total_bytes <= self.limit_bytes:
+                low, best = middle, plan
+            else:
+                high = middle - 1
+        return best
+
+    def _num_window_blocks(self, context_length: int) -> int:
+        """Every sequence's window, what one step writes, and as many windows again for kept prefixes.
+
+        What a step writes counts twice: a chunk's blocks are freed after the next chunk was placed.
+        """
+        if "window" not in self.config.layer_kinds:
+            return 0
+        sequences, step = self.engine.max_sequences, self.engine.max_batch_tokens
+        window = math.ceil(self.config.window / CACHE_BLOCK_TOKENS) + 2
+        pool = sequences * window + 2 * (math.ceil(step / CACHE_BLOCK_TOKENS) + 1)
+        if self.engine.prefix_cache:
+            pool += sequences * window
+        whole = math.ceil((self.config.window + step) / CACHE_BLOCK_TOKENS) + 2
+        whole = min(whole, math.ceil(context_length / CACHE_BLOCK_TOKENS) + 1)
+        return max(whole, min(pool, sequences * whole))
 
 
-def _refusal(
-    plan: MemoryPlan, config: ModelConfig, expert_format: str, engine_config: EngineConfig, threads: int
-) -> str:
+def _refusal(plan: MemoryPlan, planner: _Planner) -> str:
     """The numbers, and every change that would make the plan fit."""
+    engine = planner.engine
 
-    def fitting(changed: EngineConfig) -> MemoryPlan | None:
-        return _longest_fitting(
-            config, expert_format, changed, plan.limit_bytes, threads, plan.context_length
-        )
+    def fits(**changes: Any) -> bool:
+        changed = replace(planner, engine=replace(engine, **changes))
+        return changed.plan(plan.context_length).total_bytes <= plan.limit_bytes
 
     advice = []
-    shorter = fitting(engine_config)
+    shorter = planner.longest_fitting(plan.context_length)
     if shorter is not None:
         advice.append(f"a context of at most {shorter.context_length:,} tokens")
-    if engine_config.max_sequences > 1 and _fits_whole(
-        fitting(replace(engine_config, max_sequences=1)), plan
-    ):
+    if engine.max_sequences > 1 and fits(max_sequences=1):
         advice.append("fewer sequences at a time")
-    if engine_config.max_batch_tokens > 64 and _fits_whole(
-        fitting(replace(engine_config, max_batch_tokens=64)), plan
-    ):
+    if engine.max_batch_tokens > 64 and fits(max_batch_tokens=64):
         advice.append("fewer tokens in a step")
-    if engine_config.weights == "bf16" and fitting(replace(engine_config, weights="int8")) is not None:
+    if engine.weights == "bf16" and fits(weights="int8"):
         advice.append("weights int8")
-    remedy = (
-        "would fit: " + ", or ".join(advice) if advice else "no setting makes it fit: it needs more memory"
-    )
+    remedy = "no setting makes it fit: it needs more memory"
+    if advice:
+        remedy = "would fit: " + ", or ".join(advice)
     weights = plan.expert_bytes + plan.dense_bytes + plan.embedding_bytes
     cache = plan.full_cache_bytes + plan.window_cache_bytes
     return (
         f"the model needs {_gb(plan.total_bytes)} and this process may use {_gb(plan.limit_bytes)} "
         f"(weights {_gb(weights)}, cache for {plan.context_length:,} tokens {_gb(cache)}, "
         f"scratch {_gb(plan.scratch_bytes)}, process {_gb(plan.process_bytes)}); {remedy}"
-    )
-
-
-def _fits_whole(plan: MemoryPlan | None, wanted: MemoryPlan) -> bool:
-    return (
-        plan is not None
-        and plan.context_length >= wanted.context_length // CACHE_BLOCK_TOKENS * CACHE_BLOCK_TOKENS
     )
 
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from harmonium.checkpoint.model_config import LayerKind, ModelConfig
 from harmonium.checkpoint.names import EMBEDDING
 from harmonium.config import CACHE_BLOCK_TOKENS, Weights
-from harmonium.errors import EngineClosed
+from harmonium.errors import CheckpointError, EngineClosed
 from harmonium.kernels.ops import attention, gather_rows, rms_norm, rope_and_store, router
 from harmonium.model.batch import Batch, SampledToken, StepResult
 from harmonium.model.memory import EMBEDDING_ROWS_KEPT, MAX_LOGIT_ROWS, block_bytes
@@ -60,7 +60,7 @@ class NativeRunner:
     and rounds activations to bf16. progress: called with (bytes done, bytes in all). The checkpoint is closed
     with the runner. The kernels' threads and instruction set are the process's (kernels.runtime.configure).
 
-    Raises CheckpointError when the checkpoint lacks a tensor.
+    Raises CheckpointError for sizes that the kernels cannot take.
     """
 
     def __init__(
@@ -72,6 +72,7 @@ class NativeRunner:
     ) -> None:
         self._checkpoint = checkpoint
         self._config = config = checkpoint.config
+        _check_sizes(config)
         self._max_batch_tokens = max_batch_tokens
         self._weights: ModelWeights | None = load_weights(checkpoint, weights, progress)
         self._frequencies = inverse_frequencies(config.rope, config.head_size)
@@ -256,6 +257,17 @@ class NativeRunner:
             weights.unembedding(normed_RD[rows], logits_RV)
             tokens += sample_rows(logits_RV, batch.sampling[rows])
         return StepResult(tuple(tokens))
+
+
+def _check_sizes(config: ModelConfig) -> None:
+    """What the kernels ask for beyond what a checkpoint may be."""
+    if config.head_size % 8:
+        raise CheckpointError(f"head_dim is {config.head_size}; the kernels take multiples of 8")
+    width = config.num_heads * config.head_size
+    if width % 32:
+        raise CheckpointError(
+            f"num_attention_heads * head_dim is {width}; the kernels take multiples of 32 (a scale's inputs)"
+        )
 
 
 def _is_every_row(row_R: npt.NDArray[np.int32], num_tokens: int) -> bool:

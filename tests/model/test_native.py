@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +238,9 @@ def test_runner_satisfies_the_seam_and_ends_when_closed() -> None:
         driver.feed({"again": prompt("narrow", 7)})
 
 
-def test_missing_tensor_is_told_by_name(tmp_path: Path) -> None:
-    folder = tiny_folder(tmp_path, "narrow")
-    with open_checkpoint(folder) as checkpoint, pytest.raises(CheckpointError, match=r"layers\.9\.norm"):
-        checkpoint.tensor("layers.9.norm")
+@pytest.mark.parametrize(("changes", "message"), [({"head_size": 20}, "20"), ({"num_heads": 15}, "240")])
+def test_sizes_that_the_kernels_cannot_take_are_refused(changes: dict[str, Any], message: str) -> None:
+    checkpoint = tiny_checkpoint("narrow")
+    checkpoint.config = replace(checkpoint.config, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        NativeRunner(checkpoint)
