@@ -43,7 +43,8 @@ void check(const A& array, const char* name, const char* dtype, const std::vecto
   require(is_same, argument + " has shape " + shape_text(array) + "; expected " + expected + "]");
   std::int64_t step = 1;
   for (std::size_t i = array.ndim(); i-- > 0;) {
-    require(array.size() == 0 || array.shape(i) <= 1 || array.stride(i) == step, argument + " is strided; expected a C-contiguous array");
+    require(array.size() == 0 || array.shape(i) <= 1 || array.stride(i) == step,
+            argument + " is strided; expected a C-contiguous array");
     step *= static_cast<std::int64_t>(array.shape(i));
   }
 }
@@ -97,7 +98,8 @@ KeyValueCache check_cache(const Array& key, const Array& value) {
 
 void check_heads(std::int64_t num_heads, std::int64_t num_kv_heads) {
   require(num_heads > 0 && num_heads % num_kv_heads == 0,
-          "num_heads is " + text(num_heads) + "; expected a multiple of the cache's " + text(num_kv_heads) + " kv heads");
+          "num_heads is " + text(num_heads) + "; expected a multiple of the cache's " + text(num_kv_heads) +
+              " kv heads");
 }
 
 void bound_rms_norm(const ReadOnly& x, const ReadOnly& weight, float eps, const Array& out) {

@@ -132,9 +132,10 @@ inline void transpose_keys(const std::uint16_t* const* row, std::int64_t head_si
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 #include "ops_body.h"
+#include "attention_body.h"
 
 }  // namespace
 
-const OpsTable kOpsAvx2 = kTable;
+const OpsTable kOpsAvx2 = {rms_norm, rotate, narrow, widen, dots, softmax, attend, merge};
 
 }  // namespace harmonium

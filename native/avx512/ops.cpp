@@ -96,7 +96,8 @@ inline void transpose_keys(const std::uint16_t* const* row, std::int64_t head_si
     // a[4q + c] holds, in its 128-bit lane l, pair 4l + c of rows 4q to 4q + 3.
 #pragma GCC unroll 16
     for (int c = 0; c < 4; ++c) {
-      const __m512i low01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x44), high01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xee);
+      const __m512i low01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x44);
+      const __m512i high01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xee);
       const __m512i low23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x44);
       const __m512i high23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xee);
       b[c] = _mm512_shuffle_i32x4(low01, low23, 0x88);
@@ -117,9 +118,10 @@ inline void transpose_keys(const std::uint16_t* const* row, std::int64_t head_si
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 #include "ops_body.h"
+#include "attention_body.h"
 
 }  // namespace
 
-const OpsTable kOpsAvx512 = kTable;
+const OpsTable kOpsAvx512 = {rms_norm, rotate, narrow, widen, dots, softmax, attend, merge};
 
 }  // namespace harmonium

@@ -92,9 +92,10 @@ inline void transpose_keys(const std::uint16_t* const* row, std::int64_t head_si
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
 
 #include "ops_body.h"
+#include "attention_body.h"
 
 }  // namespace
 
-const OpsTable kOpsScalar = kTable;
+const OpsTable kOpsScalar = {rms_norm, rotate, narrow, widen, dots, softmax, attend, merge};
 
 }  // namespace harmonium
