@@ -19,7 +19,7 @@ namespace harmonium {
 namespace {
 
 constexpr std::int64_t kMaxTileTokens = 128;  // tokens of a task: a decoded panel is used for so many
-constexpr int kPanelTokens = 6;               // from here on MXFP4 rows are decoded to panels (benchmarks/kernels.py)
+constexpr int kPanelTokens = 33;              // from here on MXFP4 rows are decoded to panels (benchmarks/kernels.py)
 constexpr std::int64_t kHugePage = 2 << 20;
 
 enum Slot { kDecoded = 0, kTile = 1 };

@@ -75,9 +75,9 @@ def quantize_activations(x_TK: F32) -> tuple[Int8, F32]:
     most = np.abs(block).max(axis=-1)
     is_finite = np.isfinite(block).all(axis=-1)
     scale = np.where(is_finite, most, np.float32(0)).astype(np.float32) / np.float32(127)
-    is_used: npt.NDArray[np.bool_] = np.asarray(is_finite & (scale >= _LEAST_NORMAL))
+    is_used = np.logical_and(is_finite, scale >= _LEAST_NORMAL)
     inverse = np.float32(1) / np.where(is_used, scale, np.float32(1))
-    q = np.rint(np.where(is_used[..., None], block, np.float32(0)) * inverse[..., None]).astype(np.int8)
+    q = np.rint(np.where(np.expand_dims(is_used, -1), block, np.float32(0)) * inverse[..., None]).astype(np.int8)
     scale = np.where(is_used, scale, np.where(is_finite, np.float32(0), np.float32(np.nan))).astype(
         np.float32
     )

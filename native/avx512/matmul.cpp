@@ -133,16 +133,13 @@ void quantize_panel(const uint16_t* weight, int num_rows, int64_t num_inputs, ui
   }
 }
 
-// The 16 bytes of one block of 16 rows, rows first to first + 15, as four registers: register g holds bytes
-// 4g..4g+3 of every row.
-void transpose_rows(const uint8_t* block, int64_t row_bytes, __m512i out[4]) {
+// 16 bytes of each of 16 rows, `stride` apart, as four registers: lane r of register g holds bytes 4g..4g+3 of row r.
+inline __attribute__((always_inline)) void transpose(const __m128i row[16], __m512i out[4]) {
   __m512i v[4];
   for (int i = 0; i < 4; ++i) {
-    const uint8_t* p = block + i * row_bytes;
-    v[i] = _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    v[i] = _mm512_inserti32x4(v[i], _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 4 * row_bytes)), 1);
-    v[i] = _mm512_inserti32x4(v[i], _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8 * row_bytes)), 2);
-    v[i] = _mm512_inserti32x4(v[i], _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 12 * row_bytes)), 3);
+    v[i] = _mm512_inserti32x4(_mm512_castsi128_si512(row[i]), row[i + 4], 1);
+    v[i] = _mm512_inserti32x4(v[i], row[i + 8], 2);
+    v[i] = _mm512_inserti32x4(v[i], row[i + 12], 3);
   }
   const __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpacklo_epi32(v[2], v[3]);
   const __m512i c = _mm512_unpackhi_epi32(v[0], v[1]), d = _mm512_unpackhi_epi32(v[2], v[3]);
@@ -152,50 +149,63 @@ void transpose_rows(const uint8_t* block, int64_t row_bytes, __m512i out[4]) {
   out[3] = _mm512_unpackhi_epi64(c, d);
 }
 
+inline __attribute__((always_inline)) void transpose_block(const uint8_t* block, int64_t stride, __m512i out[4]) {
+  __m128i row[16];
+  for (int r = 0; r < 16; ++r) row[r] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(block + r * stride));
+  transpose(row, out);
+}
+
+// Scales of `count` blocks (at most 16) of 16 rows: byte i of lane r of register g belongs to block 4g + i of row r.
+inline __attribute__((always_inline)) void transpose_scales(const uint8_t* scales, int64_t stride, int64_t count,
+                                                            __m512i out[4]) {
+  const auto mask = static_cast<__mmask16>(count >= 16 ? 0xffff : (1 << count) - 1);
+  __m128i row[16];
+  for (int r = 0; r < 16; ++r) row[r] = _mm_maskz_loadu_epi8(mask, scales + r * stride);
+  transpose(row, out);
+}
+
+// Scales of the block whose bytes are byte i of v.
+inline __attribute__((always_inline)) __m512 scale_of(__m512i v, int i) {
+  const __m512i exponent = _mm512_rolv_epi32(v, _mm512_set1_epi32((23 - 8 * i) & 31));
+  return finish_e8m0(_mm512_and_si512(exponent, _mm512_set1_epi32(0x7f800000)));
+}
+
 void mxfp4_to_panel(const uint8_t* blocks, const uint8_t* scales, int64_t num_blocks, uint8_t* panel) {
-  const __m512i table = mxfp4_table(), mask = _mm512_set1_epi8(15);
+  const __m512i table = mxfp4_table(), nibble = _mm512_set1_epi8(15);
   auto* out = reinterpret_cast<uint16_t*>(panel + num_blocks * kPanelBlockBytes);
-  for (int64_t b = 0; b < num_blocks; ++b) {
-    __m512i v[4];
-    transpose_rows(blocks + b * 16, num_blocks * 16, v);
-    uint8_t* w = panel + b * kPanelBlockBytes;
-    for (int g = 0; g < 4; ++g) {
-      _mm512_storeu_si512(w + g * 64, _mm512_shuffle_epi8(table, _mm512_and_si512(v[g], mask)));
-      _mm512_storeu_si512(w + 256 + g * 64,
-                          _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(v[g], 4), mask)));
+  for (int64_t chunk = 0; chunk < num_blocks; chunk += 16) {
+    __m512i exponent[4];
+    transpose_scales(scales + chunk, num_blocks, num_blocks - chunk, exponent);
+    for (int i = 0; i < 16 && chunk + i < num_blocks; ++i) {
+      const int64_t b = chunk + i;
+      __m512i v[4];
+      transpose_block(blocks + b * 16, num_blocks * 16, v);
+      uint8_t* w = panel + b * kPanelBlockBytes;
+      for (int g = 0; g < 4; ++g) {
+        _mm512_storeu_si512(w + g * 64, _mm512_shuffle_epi8(table, _mm512_and_si512(v[g], nibble)));
+        _mm512_storeu_si512(w + 256 + g * 64,
+                            _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(v[g], 4), nibble)));
+      }
+      const __m512i bits = _mm512_castps_si512(scale_of(exponent[i / 4], i % 4));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + b * kPanelRows),
+                          _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
     }
-    alignas(16) uint8_t e[kPanelRows];
-    for (int r = 0; r < kPanelRows; ++r) e[r] = scales[r * num_blocks + b];
-    const __m512i shifted = _mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<__m128i*>(e))), 23);
-    const __m512i bits = _mm512_castps_si512(finish_e8m0(shifted));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + b * kPanelRows),
-                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
   }
 }
 
-// A panel with rows missing: the rows that are there are copied (16 rows of one block at a time need 256 bytes).
+// A panel with rows missing: the last one of a weight. Rows that are not there are zeros.
 void mxfp4_to_short_panel(const uint8_t* blocks, const uint8_t* scales, int num_rows, int64_t num_blocks, uint8_t* panel) {
-  const __m512i table = mxfp4_table(), mask = _mm512_set1_epi8(15);
-  auto* out = reinterpret_cast<uint16_t*>(panel + num_blocks * kPanelBlockBytes);
   for (int64_t b = 0; b < num_blocks; ++b) {
     alignas(64) uint8_t copy[kPanelRows * 16] = {};
-    alignas(16) uint8_t e[kPanelRows] = {};
+    alignas(64) uint8_t e[kPanelRows] = {};
     for (int r = 0; r < num_rows; ++r) {
       memcpy(copy + r * 16, blocks + (r * num_blocks + b) * 16, 16);
       e[r] = scales[r * num_blocks + b];
     }
-    __m512i v[4];
-    transpose_rows(copy, 16, v);
-    uint8_t* w = panel + b * kPanelBlockBytes;
-    for (int g = 0; g < 4; ++g) {
-      _mm512_storeu_si512(w + g * 64, _mm512_shuffle_epi8(table, _mm512_and_si512(v[g], mask)));
-      _mm512_storeu_si512(w + 256 + g * 64,
-                          _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(v[g], 4), mask)));
-    }
-    const __m512i shifted = _mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<__m128i*>(e))), 23);
-    const __m512i bits = _mm512_castps_si512(finish_e8m0(shifted));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + b * kPanelRows),
-                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
+    alignas(64) uint8_t one[kPanelBlockBytes + 64];  // a panel of one block
+    mxfp4_to_panel(copy, e, 1, one);
+    memcpy(panel + b * kPanelBlockBytes, one, kPanelBlockBytes);
+    memcpy(panel + num_blocks * kPanelBlockBytes + b * kPanelRows * 2, one + kPanelBlockBytes, kPanelRows * 2);
   }
 }
 
@@ -286,6 +296,66 @@ void panel_product(const uint8_t* panels, int num_panels, int64_t num_blocks, co
   else panel_tiles<1>(panels, num_blocks, x, row_bytes, token, num_tokens, tile);
 }
 
+// 16 rows by NT tokens without a panel: weights are decoded in registers and used for all tokens at once.
+template <int NT>
+void mxfp4_sixteen(const uint8_t* blocks, const uint8_t* scales, int64_t num_blocks, const uint8_t* x, int64_t row_bytes,
+                   const int32_t* token, float* tile) {
+  const __m512i table = mxfp4_table(), nibble = _mm512_set1_epi8(15);
+  const int64_t scale_at = scale_offset(num_blocks), start_at = start_offset(num_blocks), stride = num_blocks * 16;
+  const uint8_t* row[NT];
+  __m512 sum[NT];
+  for (int t = 0; t < NT; ++t) {
+    row[t] = x + token[t] * row_bytes;
+    sum[t] = _mm512_setzero_ps();
+  }
+  for (int64_t chunk = 0; chunk < num_blocks; chunk += 16) {
+    __m512i exponent[4];
+    transpose_scales(scales + chunk, num_blocks, num_blocks - chunk, exponent);
+    for (int i = 0; i < 16 && chunk + i < num_blocks; ++i) {
+      const int64_t b = chunk + i, at = b / kGroupBlocks * kGroupBytes + b % kGroupBlocks * 16;
+      if (i % kGroupBlocks == 0) {
+        // The same place of the next 16 rows, a line a row.
+        for (int r = 0; r < 16; ++r) _mm_prefetch(reinterpret_cast<const char*>(blocks + b * 16 + (r + 16) * stride), _MM_HINT_T1);
+      }
+      __m512i v[4], acc[NT];
+      transpose_block(blocks + b * 16, stride, v);
+      for (int t = 0; t < NT; ++t) acc[t] = _mm512_set1_epi32(dword(row[t] + start_at + b * 4));
+#pragma GCC unroll 4
+      for (int g = 0; g < 4; ++g) {
+        const __m512i lo = _mm512_shuffle_epi8(table, _mm512_and_si512(v[g], nibble));
+        const __m512i hi = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(v[g], 4), nibble));
+        for (int t = 0; t < NT; ++t) {
+          acc[t] = _mm512_dpbusd_epi32(acc[t], lo, _mm512_set1_epi32(dword(row[t] + at + g * 4)));
+          acc[t] = _mm512_dpbusd_epi32(acc[t], hi, _mm512_set1_epi32(dword(row[t] + at + 64 + g * 4)));
+        }
+      }
+      const __m512 scale = scale_of(exponent[i / 4], i % 4);
+      for (int t = 0; t < NT; ++t) {
+        const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(from_bits(dword(row[t] + scale_at + b * 4))));
+        sum[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[t]), both, sum[t]);
+      }
+    }
+  }
+  for (int t = 0; t < NT; ++t) _mm512_storeu_ps(tile + t * kTileRows, sum[t]);
+}
+
+// NT is a template argument so that the sums stay in registers.
+void mxfp4_sixteen_rows(const uint8_t* blocks, const uint8_t* scales, int64_t num_blocks, const uint8_t* x,
+                        int64_t row_bytes, const int32_t* token, int num_tokens, float* tile) {
+  for (int t = 0; t < num_tokens; t += 8, token += 8, tile += 8 * kTileRows) {
+    switch (num_tokens - t) {
+      case 1: mxfp4_sixteen<1>(blocks, scales, num_blocks, x, row_bytes, token, tile); break;
+      case 2: mxfp4_sixteen<2>(blocks, scales, num_blocks, x, row_bytes, token, tile); break;
+      case 3: mxfp4_sixteen<3>(blocks, scales, num_blocks, x, row_bytes, token, tile); break;
+      case 4: mxfp4_sixteen<4>(blocks, scales, num_blocks, x, row_bytes, token, tile); break;
+      case 5: mxfp4_sixteen<5>(blocks, scales, num_blocks, x, row_bytes, token, tile); break;
+      case 6: mxfp4_sixteen<6>(blocks, scales, num_blocks, x, row_bytes, token, tile); break;
+      case 7: mxfp4_sixteen<7>(blocks, scales, num_blocks, x, row_bytes, token, tile); break;
+      default: mxfp4_sixteen<8>(blocks, scales, num_blocks, x, row_bytes, token, tile); break;
+    }
+  }
+}
+
 // NR rows by NT tokens, four blocks of 32 inputs at a time: lane 4i + j of the sums holds block i.
 template <int NT, int NR>
 struct Mxfp4Tile {
@@ -316,6 +386,8 @@ struct Mxfp4Tile {
       __m512i v;
       uint32_t four = 0;
       if (kWhole) {
+        // The same place NR rows on: a whole line of each row, once.
+        _mm_prefetch(reinterpret_cast<const char*>(w + NR * num_blocks * 16), _MM_HINT_T0);
         v = _mm512_loadu_si512(w);
         memcpy(&four, e, 4);
       } else {
@@ -377,6 +449,12 @@ void mxfp4_tokens(const uint8_t* blocks, const uint8_t* scales, int64_t num_bloc
 void mxfp4_product(const uint8_t* blocks, const uint8_t* scales, int num_rows, int64_t num_blocks, const uint8_t* x,
                    int64_t row_bytes, const int32_t* token, int num_tokens, float* tile) {
   int r = 0;
+  if (num_tokens > 1) {
+    for (; r + kPanelRows <= num_rows; r += kPanelRows) {
+      mxfp4_sixteen_rows(blocks + r * num_blocks * 16, scales + r * num_blocks, num_blocks, x, row_bytes, token,
+                         num_tokens, tile + r);
+    }
+  }
   // Four rows, then all tokens: the rows (6 kB) stay in L1, so memory is read once.
   for (; r + 4 <= num_rows; r += 4) {
     mxfp4_tokens<4>(blocks + r * num_blocks * 16, scales + r * num_blocks, num_blocks, x, row_bytes, token, num_tokens, tile + r);
@@ -523,14 +601,15 @@ void add_parts(const float* part, int64_t stride, int num_parts, int64_t size, f
 double spin_int8(int64_t rounds) {
   __m512i acc[16];
   for (int i = 0; i < 16; ++i) acc[i] = _mm512_setzero_si512();
-  __m512i a = _mm512_set1_epi32(static_cast<int>(rounds)), b = _mm512_set1_epi32(0x01020304);
+  __m512i a = _mm512_set1_epi32(static_cast<int>(rounds));
+  const __m512i b = _mm512_set1_epi32(0x01020304);
   for (int64_t n = 0; n < rounds; ++n) {
+    __asm__ volatile("" : "+v"(a));  // a new value as far as the compiler knows: nothing leaves the loop
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) {
-      acc[i] = _mm512_dpbusd_epi32(acc[i], a, b);
-      __asm__ volatile("" : "+v"(acc[i]));  // keeps the chain as written
-    }
+    for (int i = 0; i < 16; ++i) acc[i] = _mm512_dpbusd_epi32(acc[i], a, b);
   }
+  for (int i = 1; i < 16; ++i) acc[0] = _mm512_add_epi32(acc[0], acc[i]);
+  __asm__ volatile("" : "+v"(acc[0]));
   return static_cast<double>(rounds) * 16 * 128;
 }
 
