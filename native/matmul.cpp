@@ -19,7 +19,8 @@ namespace harmonium {
 namespace {
 
 constexpr std::int64_t kMaxTileTokens = 128;  // tokens of a task: a decoded panel is used for so many
-constexpr int kPanelTokens = 33;              // from here on MXFP4 rows are decoded to panels (benchmarks/kernels.py)
+constexpr int kPanelTokens = 9;               // from here on MXFP4 rows are decoded to panels (benchmarks/kernels.py)
+constexpr std::int64_t kMaxTilesPerTask = 4;  // 4 tiles of 2,880 inputs are 190 kB: 8 microseconds at 25 GB/s
 constexpr std::int64_t kHugePage = 2 << 20;
 
 enum Slot { kDecoded = 0, kTile = 1 };
@@ -160,14 +161,21 @@ template <typename Use>
 void for_each_tile(const Weight& weight, const std::vector<Chunk>& chunks, const Rows& x, const std::int32_t* token,
                    const Use& use) {
   const std::int64_t tiles = ceil_div(weight.num_outputs, kTileRows);
+  const std::int64_t num_chunks = static_cast<std::int64_t>(chunks.size());
+  // Neighboring tiles in one task, since a kernel prefetches the rows that follow; but 32 tasks a thread at least,
+  // so that the threads end together.
+  const std::int64_t run = std::clamp<std::int64_t>(tiles * num_chunks / (32 * num_threads()), 1, kMaxTilesPerTask);
+  const std::int64_t tasks = ceil_div(tiles, run);
   std::atomic<bool> out_of_memory{false};
-  parallel(tiles * static_cast<std::int64_t>(chunks.size()), [&](std::int64_t task, int thread) {
-    const Chunk& chunk = chunks[task / tiles];
-    const std::int64_t first = task % tiles * kTileRows;
-    const int num_rows = static_cast<int>(std::min<std::int64_t>(kTileRows, weight.num_outputs - first));
-    const float* tile = product(weight, chunk.expert, first, num_rows, x, token + chunk.begin, chunk.count, thread);
-    if (tile) use(chunk, first, num_rows, tile);
-    else out_of_memory = true;
+  parallel(tasks * num_chunks, [&](std::int64_t task, int thread) {
+    const Chunk& chunk = chunks[task / tasks];
+    const std::int64_t end = std::min(weight.num_outputs, (task % tasks + 1) * run * kTileRows);
+    for (std::int64_t first = task % tasks * run * kTileRows; first < end; first += kTileRows) {
+      const int num_rows = static_cast<int>(std::min<std::int64_t>(kTileRows, end - first));
+      const float* tile = product(weight, chunk.expert, first, num_rows, x, token + chunk.begin, chunk.count, thread);
+      if (tile) use(chunk, first, num_rows, tile);
+      else out_of_memory = true;
+    }
   });
   if (out_of_memory) throw std::bad_alloc();
 }
