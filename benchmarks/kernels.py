@@ -2,9 +2,9 @@
 
     python benchmarks/kernels.py [--threads N] [--isa NAME] [--only WORDS] [--seconds S] [--json]
 
-The limits (read bandwidth, int8 operations) are measured in the same run, before and after every row, and each
-row is given as a share of the mean of the two: on a shared machine the limits move. Shapes are gpt-oss-20b's.
-A row is the best of as many repeats as fit in --seconds (at least three).
+The limits (read bandwidth, int8 operations) are measured in the same run, before and after every row, and
+each row is given as a share of the mean of the two: on a shared machine the limits move. Shapes are those of
+gpt-oss-20b. A row is the best of as many repeats as fit in --seconds (at least three).
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _normal(*shape: int) -> npt.NDArray[np.float32]:
 
 
 def _expert_case(experts: Experts, num_tokens: int, kind: str, activations: Activations) -> Case:
-    """kind "decode": tokens that choose as differently as they can; "prefill": num_tokens an expert, evenly."""
+    """kind "decode": tokens that choose as differently as they can; "prefill": num_tokens for each expert."""
     if kind == "decode":
         step = num_tokens
         used = min(experts.num_experts, num_tokens * NUM_ACTIVE)

@@ -46,15 +46,21 @@ struct Pool {
   std::mutex job_mutex;
   std::mutex mutex;
   std::condition_variable wake;
-  bool stop = false;
 
-  alignas(64) std::atomic<std::uint64_t> epoch{0};   // a new value is a new job (or stop)
-  alignas(64) std::atomic<std::int64_t> next{0};     // next task to take
-  alignas(64) std::atomic<int> busy{0};              // workers that have not finished this job
+  // A job's number (high half), whether it may still be joined (kOpen), and how many workers are in it. A worker
+  // that wakes late finds the job closed and is not waited for: on a busy machine a worker may get no core for
+  // milliseconds, longer than most jobs take.
+  alignas(64) std::atomic<std::uint64_t> state{0};
+  alignas(64) std::atomic<std::int64_t> next{0};  // next task to take
   alignas(64) std::atomic<int> sleeping{0};
+  std::atomic<bool> stop{false};
+  // Written only while no job is open and no worker in one.
   TaskFn fn = nullptr;
   void* context = nullptr;
   std::int64_t num_tasks = 0;
+
+  static constexpr std::uint64_t kOpen = std::uint64_t{1} << 31;
+  static std::uint64_t number(std::uint64_t s) { return s >> 32; }
 
   void run(int thread) {
     for (;;) {
@@ -64,43 +70,62 @@ struct Pool {
     }
   }
 
+  // Returns the state once its number is no longer `seen`.
+  std::uint64_t wait_for_job(std::uint64_t seen) {
+    const auto is_new = [&] { return number(state.load(std::memory_order_acquire)) != seen; };
+    for (int i = 0; i < kSpins && !is_new(); ++i) pause();
+    if (!is_new()) {
+      std::unique_lock<std::mutex> lock(mutex);
+      sleeping.fetch_add(1, std::memory_order_seq_cst);
+      wake.wait(lock, [&] { return number(state.load(std::memory_order_seq_cst)) != seen; });
+      sleeping.fetch_sub(1, std::memory_order_relaxed);
+    }
+    return state.load(std::memory_order_acquire);
+  }
+
   void work(int thread) {
     std::uint64_t seen = 0;
     for (;;) {
-      for (int i = 0; i < kSpins && epoch.load(std::memory_order_acquire) == seen; ++i) pause();
-      if (epoch.load(std::memory_order_acquire) == seen) {
-        std::unique_lock<std::mutex> lock(mutex);
-        sleeping.fetch_add(1);
-        wake.wait(lock, [&] { return epoch.load(std::memory_order_acquire) != seen; });
-        sleeping.fetch_sub(1);
+      std::uint64_t s = wait_for_job(seen);
+      seen = number(s);
+      if (stop.load(std::memory_order_acquire)) return;
+      while ((s & kOpen) && number(s) == seen) {
+        if (!state.compare_exchange_weak(s, s + 1, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
+        run(thread);
+        state.fetch_sub(1, std::memory_order_release);
+        break;
       }
-      seen = epoch.load(std::memory_order_acquire);
-      if (stop) return;
-      run(thread);
-      busy.fetch_sub(1, std::memory_order_release);
     }
   }
 
-  void announce() {
-    epoch.fetch_add(1, std::memory_order_seq_cst);
+  // A new number; to be joined if `open`.
+  void announce(bool open) {
+    const std::uint64_t s = state.load(std::memory_order_relaxed);
+    state.store((number(s) + 1) << 32 | (open ? kOpen : 0), std::memory_order_seq_cst);
     if (sleeping.load(std::memory_order_seq_cst) > 0) {
       std::lock_guard<std::mutex> lock(mutex);
       wake.notify_all();
     }
   }
 
+  // No more workers join; wait for those that did.
+  void finish() {
+    std::uint64_t s = state.fetch_and(~kOpen, std::memory_order_acq_rel);
+    for (int i = 0; (s & (kOpen - 1)) != 0; ++i) {
+      if (i < kSpins) pause();
+      else std::this_thread::yield();
+      s = state.load(std::memory_order_acquire);
+    }
+  }
+
   void halt() {
     if (!workers.empty()) {
-      {
-        std::lock_guard<std::mutex> lock(mutex);
-        stop = true;
-      }
-      epoch.fetch_add(1);
-      wake.notify_all();
+      stop.store(true, std::memory_order_release);
+      announce(false);
       for (auto& worker : workers) worker.join();
       workers.clear();
-      stop = false;
-      epoch.store(0);
+      stop.store(false);
+      state.store(0);
     }
     for (auto& s : scratch) std::free(s.data);
     scratch.clear();
@@ -162,13 +187,9 @@ void parallel_for(std::int64_t num_tasks, TaskFn fn, void* context) {
   p.context = context;
   p.num_tasks = num_tasks;
   p.next.store(0, std::memory_order_relaxed);
-  p.busy.store(p.count - 1, std::memory_order_relaxed);
-  p.announce();
+  p.announce(true);
   p.run(0);
-  for (int i = 0; p.busy.load(std::memory_order_acquire) != 0; ++i) {
-    if (i < kSpins) pause();
-    else std::this_thread::yield();
-  }
+  p.finish();
 }
 
 void* thread_scratch(int thread, int slot, std::int64_t bytes) {

@@ -77,7 +77,9 @@ def quantize_activations(x_TK: F32) -> tuple[Int8, F32]:
     scale = np.where(is_finite, most, np.float32(0)).astype(np.float32) / np.float32(127)
     is_used = np.logical_and(is_finite, scale >= _LEAST_NORMAL)
     inverse = np.float32(1) / np.where(is_used, scale, np.float32(1))
-    q = np.rint(np.where(np.expand_dims(is_used, -1), block, np.float32(0)) * inverse[..., None]).astype(np.int8)
+    q = np.rint(np.where(np.expand_dims(is_used, -1), block, np.float32(0)) * inverse[..., None]).astype(
+        np.int8
+    )
     scale = np.where(is_used, scale, np.where(is_finite, np.float32(0), np.float32(np.nan))).astype(
         np.float32
     )
@@ -91,7 +93,7 @@ def quantize_weight(weight_NK: Bf16) -> tuple[Int8, F32]:
     """
     block = _from_bf16(weight_NK).reshape(weight_NK.shape[0], -1, _BLOCK)
     is_finite = np.isfinite(block).all(axis=-1)
-    finite = np.where(is_finite[..., None], block, np.float32(0))
+    finite = np.where(np.expand_dims(is_finite, -1), block, np.float32(0))
     exact = np.abs(finite).max(axis=-1) / np.float32(127)
     bits = np.ascontiguousarray(exact).view(np.uint32)
     scale = ((bits + np.uint32(0xFFFF)) >> np.uint32(16) << np.uint32(16)).view(np.float32)

@@ -226,21 +226,41 @@ void mxfp4_to_panels(const uint8_t* blocks, const uint8_t* scales, int num_rows,
   }
 }
 
-void mxfp4_to_bf16(const uint8_t* blocks, const uint8_t* scales, int num_rows, int64_t num_blocks, uint16_t* weight) {
+// One block to bf16 by way of float32, for scales near the ends of the range.
+void mxfp4_block_to_bf16(const uint8_t* block, uint8_t scale_byte, uint16_t* weight) {
   const __m512 table = _mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f,
                                       -3.0f, -4.0f, -6.0f);
-  const __m128i mask = _mm_set1_epi8(15);
+  const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(block)), mask = _mm_set1_epi8(15);
+  const __m128i lo = _mm_and_si128(v, mask), hi = _mm_and_si128(_mm_srli_epi16(v, 4), mask);
+  const __m512 scale = finish_e8m0(_mm512_set1_epi32(scale_byte << 23));
+  const __m128i half[2] = {_mm_unpacklo_epi8(lo, hi), _mm_unpackhi_epi8(lo, hi)};
+  for (int h = 0; h < 2; ++h) {
+    const __m512 value = _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_cvtepu8_epi32(half[h]), table), scale);
+    // Exact: one bit of mantissa at most, and 0.5 * 2^-127 is still a bf16 denormal.
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(weight + h * 16),
+                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(value), 16)));
+  }
+}
+
+void mxfp4_to_bf16(const uint8_t* blocks, const uint8_t* scales, int num_rows, int64_t num_blocks, uint16_t* weight) {
+  const __m512i table = _mm512_broadcast_i64x4(_mm256_setr_epi16(
+      0, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0, static_cast<short>(0x8000), static_cast<short>(0xbf00),
+      static_cast<short>(0xbf80), static_cast<short>(0xbfc0), static_cast<short>(0xc000), static_cast<short>(0xc040),
+      static_cast<short>(0xc080), static_cast<short>(0xc0c0)));
+  const __m512i low = _mm512_set1_epi32(0xf), high = _mm512_set1_epi32(0xf0000), magnitude = _mm512_set1_epi16(0x7fff);
   for (int64_t b = 0; b < num_rows * num_blocks; ++b) {
-    const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(blocks + b * 16));
-    const __m128i lo = _mm_and_si128(v, mask), hi = _mm_and_si128(_mm_srli_epi16(v, 4), mask);
-    const __m512 scale = finish_e8m0(_mm512_set1_epi32(scales[b] << 23));
-    const __m128i half[2] = {_mm_unpacklo_epi8(lo, hi), _mm_unpackhi_epi8(lo, hi)};
-    for (int h = 0; h < 2; ++h) {
-      const __m512 value = _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_cvtepu8_epi32(half[h]), table), scale);
-      // Exact: one bit of mantissa at most, and 0.5 * 2^-127 is still a bf16 denormal.
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(weight + b * kBlock + h * 16),
-                          _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(value), 16)));
+    const int e = scales[b];
+    // 0.5 has the exponent 126 and 6 has 129: with these scales the sum of exponents stays within 1..254.
+    if (e < 2 || e > 252) {
+      mxfp4_block_to_bf16(blocks + b * 16, scales[b], weight + b * kBlock);
+      continue;
     }
+    const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(blocks + b * 16)));
+    const __m512i index = _mm512_or_si512(_mm512_and_si512(byte, low), _mm512_and_si512(_mm512_slli_epi32(byte, 12), high));
+    const __m512i value = _mm512_permutexvar_epi16(index, table);
+    const __mmask32 is_not_zero = _mm512_test_epi16_mask(value, magnitude);
+    const __m512i power = _mm512_set1_epi16(static_cast<short>((e - 127) * 128));
+    _mm512_storeu_si512(weight + b * kBlock, _mm512_mask_add_epi16(value, is_not_zero, value, power));
   }
 }
 
