@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import subprocess
+import sys
 import threading
 from contextlib import aclosing
 from dataclasses import replace
@@ -525,6 +527,41 @@ def test_engine_that_is_dropped_closes_itself() -> None:
     gc.collect()
     thread.join(10)
     assert runner.is_closed and not thread.is_alive()
+
+
+def test_program_that_ends_without_close_ends() -> None:
+    program = """
+import asyncio
+from tests.engine.fake_runner import FakeRunner
+from tests.engine.serving import greedy, make_engine
+engine = make_engine(FakeRunner(seconds_per_step=0.01), context_length=1024)
+events = engine.generate(greedy([1], None))
+loop = asyncio.new_event_loop()
+loop.run_until_complete(anext(events))
+print("one token")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=20, check=True
+    )
+    assert done.stdout == "one token\n" and "rror" not in done.stderr
+
+
+def test_statistics_count_what_was_computed() -> None:
+    engine = make_engine()
+
+    async def run() -> None:
+        for _ in range(2):
+            await answer(engine, greedy(prompt_of(100), 10))
+        await engine.close()
+
+    asyncio.run(run())
+    statistics = engine.statistics
+    assert statistics.num_prefill_tokens == 100 + 100 - 96
+    assert statistics.num_answer_tokens == 20
+    assert (statistics.num_prefix_hits, statistics.num_cached_tokens) == (1, 96)
+    assert statistics.num_steps == 20
+    assert statistics.finished == {"length": 2}
+    assert statistics.full_blocks_cached == 3 and statistics.full_blocks_free == 61
 
 
 def test_dropped_generators_leak_nothing() -> None:
