@@ -113,9 +113,14 @@ def test_newcomer_waits_until_it_fits_beside_those_that_run() -> None:
     served = Served(num_full=10, max_batch_tokens=300)
     served.add(prompt_of(200), 100)
     late = served.add(prompt_of(90, 1), 100)
+    opened = []
+    real_open = served.cache.open
+    served.cache.open = lambda *a, **k: opened.append(a) or real_open(*a, **k)  # type: ignore[method-assign,func-returns-value]
     for _ in range(60):
         served.step()
     assert late.lease is None and served.scheduler.num_preemptions == 0
+    # The one that runs, the one that waits: which is not looked at again while nothing is given back.
+    assert len(opened) == 2
     served.run()
 
 
@@ -128,14 +133,13 @@ def test_oldest_gets_on_though_later_ones_hold_the_blocks() -> None:
 
 
 def test_sequence_that_was_scheduled_is_not_preempted_in_the_same_step() -> None:
-    """An old sequence in prefill (here: returning logits, 16 tokens a step) waits for later decodes."""
+    """An old sequence in prefill (here: returning logits, 16 tokens a step) waits for a later decode."""
     served = Served(num_full=10, max_batch_tokens=300, prefix_cache=False)
     old = Sequence(Request("r", tuple(prompt_of(170))), CONTEXT, logits_chunk=16)
     served.scheduler.add(old)
-    late = [served.add(prompt_of(20, seed), 200) for seed in range(2)]
-    for _ in range(1000):
-        if served.scheduler.has_work:
-            served.step()
+    late = [served.add(prompt_of(150), 100)]
+    while served.scheduler.has_work:
+        served.step()
     assert set(served.finished) == {old, *late}
     assert old.returned_logits is not None and sum(map(len, old.returned_logits)) == 170
     for sequence in late:
