@@ -7,6 +7,7 @@ import sys
 import threading
 from contextlib import aclosing
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -541,7 +542,12 @@ loop.run_until_complete(anext(events))
 print("one token")
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=20, check=True
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=True,
     )
     assert done.stdout == "one token\n" and "rror" not in done.stderr
 

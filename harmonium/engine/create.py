@@ -1,0 +1,120 @@
+"""From a checkpoint's path to an engine that serves it: look, plan, refuse or load, in this order."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from harmonium.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from harmonium.config import EngineConfig, Hardware, Resolved, environment_config, probe_hardware, resolve
+from harmonium.engine.local import LocalEngine
+from harmonium.errors import MemoryPlanError
+from harmonium.kernels.runtime import configure, supported_isa
+from harmonium.model.memory import MemoryPlan, plan_memory
+from harmonium.model.native import NativeRunner
+
+_log = logging.getLogger("harmonium.engine")
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all) while weights are loaded."""
+
+
+@dataclass(frozen=True, slots=True)
+class EnginePlan:
+    """All that is decided before a weight is read; what `harmonium inspect` prints.
+
+    checkpoint: open, headers checked; whoever holds the plan closes it, or hands it to a runner.
+    """
+
+    checkpoint: Checkpoint
+    hardware: Hardware
+    resolved: Resolved
+    memory: MemoryPlan
+
+
+def plan_engine(path: str | Path, config: EngineConfig | None = None) -> EnginePlan:
+    """Open a checkpoint, look at the machine, settle every "auto" and plan the memory. Takes none of it.
+
+    Instruction set and threads that config leaves open come from the environment, if it names them.
+
+    Raises ConfigError (no such path, a setting that the machine or the model cannot have), MemoryPlanError
+    with the numbers and what to change, CheckpointError.
+    """
+    config = config or EngineConfig()
+    unset = {name: value for name, value in environment_config().items() if getattr(config, name) is None}
+    config = replace(config, **unset)  # type: ignore[arg-type]  # each value was checked for its name
+    hardware = probe_hardware(supported_isa())
+    resolved = resolve(config, hardware)
+    checkpoint = open_checkpoint(path)
+    try:
+        memory = plan_memory(
+            checkpoint.config,
+            checkpoint.expert_format,
+            config,
+            resolved.memory_limit_bytes,
+            resolved.threads,
+        )
+    except BaseException:
+        checkpoint.close()
+        raise
+    return EnginePlan(checkpoint, hardware, resolved, memory)
+
+
+def create_engine(
+    path: str | Path,
+    config: EngineConfig | None = None,
+    progress: Progress | None = None,
+    model_name: str | None = None,
+) -> LocalEngine:
+    """Load a checkpoint and serve it. Sets the process's kernels and threads.
+
+    progress: called while weights are loaded. model_name: None takes the folder's name.
+
+    Raises what `plan_engine` raises, and MemoryPlanError when the machine gives less than was planned.
+    """
+    plan = plan_engine(path, config)
+    _log_plan(plan)
+    memory, resolved = plan.memory, plan.resolved
+    try:
+        configure(resolved.isa, resolved.threads, plan.hardware.cores)
+        runner = NativeRunner(
+            plan.checkpoint,
+            weights=resolved.config.weights,
+            max_batch_tokens=resolved.config.max_batch_tokens,
+            progress=progress,
+        )
+        runner.allocate_cache(memory.num_full_blocks, memory.num_window_blocks)
+    except MemoryError as error:
+        plan.checkpoint.close()
+        raise MemoryPlanError(
+            f"the machine did not give the {memory.total_bytes:,} bytes that the plan needs ({error}); "
+            "expected that much to be available"
+        ) from error
+    except BaseException:
+        plan.checkpoint.close()
+        raise
+    return LocalEngine(
+        runner,
+        model_name=model_name or plan.checkpoint.path.resolve().name,
+        context_length=memory.context_length,
+        num_full_blocks=memory.num_full_blocks,
+        num_window_blocks=memory.num_window_blocks,
+        config=resolved.config,
+    )
+
+
+def _log_plan(plan: EnginePlan) -> None:
+    resolved, memory = plan.resolved, plan.memory
+    _log.info(
+        "%s: %s kernels, %d threads, %s weights, context %d, %d + %d cache blocks, %.2f GB planned",
+        plan.checkpoint.path,
+        resolved.isa,
+        resolved.threads,
+        resolved.config.weights,
+        memory.context_length,
+        memory.num_full_blocks,
+        memory.num_window_blocks,
+        memory.total_bytes / 1e9,
+    )
