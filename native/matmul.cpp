@@ -19,7 +19,6 @@ namespace harmonium {
 namespace {
 
 constexpr std::int64_t kMaxTileTokens = 128;  // tokens of a task: a decoded panel is used for so many
-constexpr int kPanelTokens = 9;               // from here on MXFP4 rows are decoded to panels (benchmarks/kernels.py)
 constexpr std::int64_t kMaxTilesPerTask = 4;  // 4 tiles of 2,880 inputs are 190 kB: 8 microseconds at 25 GB/s
 constexpr std::int64_t kHugePage = 2 << 20;
 
@@ -117,7 +116,7 @@ const float* product(const Weight& weight, std::int64_t expert, std::int64_t fir
   if (weight.kind == Weight::Kind::panels) {
     const std::uint8_t* panels = weight.data + first / kPanelRows * panel_bytes(num_blocks);
     const int num_panels = static_cast<int>(ceil_div(num_rows, kPanelRows));
-    table.panel_product(panels, num_panels, num_blocks, x.data, x.row_bytes, token, num_tokens, tile);
+    table.panel_product(panels, num_panels, num_blocks, kInt8Offset, x.data, x.row_bytes, token, num_tokens, tile);
     return tile;
   }
   if (weight.kind == Weight::Kind::bf16_rows) {
@@ -127,7 +126,7 @@ const float* product(const Weight& weight, std::int64_t expert, std::int64_t fir
   }
   const std::uint8_t* blocks = weight.data + row * num_blocks * 16;
   const std::uint8_t* scales = weight.scales + row * num_blocks;
-  if (weight.kind == Weight::Kind::mxfp4 && x.kind == Activations::int8 && num_tokens < kPanelTokens) {
+  if (weight.kind == Weight::Kind::mxfp4 && x.kind == Activations::int8 && num_tokens < table.panel_tokens) {
     table.mxfp4_product(blocks, scales, num_rows, num_blocks, x.data, x.row_bytes, token, num_tokens, tile);
     return tile;
   }
@@ -141,7 +140,7 @@ const float* product(const Weight& weight, std::int64_t expert, std::int64_t fir
   } else if (x.kind == Activations::int8) {
     auto* panels = static_cast<std::uint8_t*>(decoded);
     table.mxfp4_to_panels(blocks, scales, num_rows, num_blocks, panels);
-    table.panel_product(panels, 2, num_blocks, x.data, x.row_bytes, token, num_tokens, tile);
+    table.panel_product(panels, 2, num_blocks, kMxfp4Offset, x.data, x.row_bytes, token, num_tokens, tile);
   } else {
     // Four rows at a time: they are still in L1 when the products read them.
     for (int r = 0; r < num_rows; r += 4) {

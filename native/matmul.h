@@ -39,6 +39,8 @@ static inline std::int64_t panel_bytes(std::int64_t num_blocks) {
 // What an instruction set provides. A "tile" is float32 [num_tokens][kTileRows]; x is activations with a row every
 // row_bytes, token[i] the row that token i of the tile takes. Nothing here allocates, fails or prints.
 struct MatmulTable {
+  // From so many tokens on, MXFP4 rows are decoded to panels rather than used as they lie (measured).
+  int panel_tokens;
   // One row of activations to int8; `factor` is multiplied into the scales.
   void (*quantize_row)(const float* x, std::int64_t num_inputs, int offset, float factor, std::uint8_t* row);
   // One row of activations to bf16, to nearest even.
@@ -51,9 +53,10 @@ struct MatmulTable {
   // MXFP4 rows (num_rows <= 32) to bf16 [num_rows][num_blocks * 32].
   void (*mxfp4_to_bf16)(const std::uint8_t* blocks, const std::uint8_t* scales, int num_rows, std::int64_t num_blocks,
                         std::uint16_t* weight);
-  // Products with one or two panels, int8 activations.
-  void (*panel_product)(const std::uint8_t* panels, int num_panels, std::int64_t num_blocks, const std::uint8_t* x,
-                        std::int64_t row_bytes, const std::int32_t* token, int num_tokens, float* tile);
+  // Products with one or two panels whose weights carry `offset`, int8 activations.
+  void (*panel_product)(const std::uint8_t* panels, int num_panels, std::int64_t num_blocks, int offset,
+                        const std::uint8_t* x, std::int64_t row_bytes, const std::int32_t* token, int num_tokens,
+                        float* tile);
   // Products with MXFP4 rows as they lie (num_rows <= 32), int8 activations: for few tokens.
   void (*mxfp4_product)(const std::uint8_t* blocks, const std::uint8_t* scales, int num_rows, std::int64_t num_blocks,
                         const std::uint8_t* x, std::int64_t row_bytes, const std::int32_t* token, int num_tokens,

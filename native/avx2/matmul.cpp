@@ -1,5 +1,5 @@
-// Matrix kernels for AVX2 and FMA. What each function does: matmul.h. Simpler than the AVX-512 file: eight lanes,
-// 16-bit products (vpmaddubsw would saturate on unsigned int8 weights).
+// Matrix kernels for AVX2 and FMA. What each function does: matmul.h. Simpler than the AVX-512 file: eight lanes, and
+// 16-bit products. vpmaddubsw is for MXFP4 alone: with unsigned int8 weights it would saturate.
 #include "matmul.h"
 
 #include <immintrin.h>
@@ -211,13 +211,57 @@ void mxfp4_to_bf16(const uint8_t* blocks, const uint8_t* scales, int num_rows, i
   }
 }
 
-// NT tokens by one panel. 16 registers: more than two tokens spill.
+// Adds one block's products of NT tokens to acc; any weights. `at`: where the block's activations lie in a row.
 template <int NT>
+inline __attribute__((always_inline)) void add_block(const uint8_t* weights, const uint8_t* const* row, int64_t at,
+                                                     __m256i acc[NT][2]) {
+  const __m256i low_byte = _mm256_set1_epi16(0xff);
+  for (int part = 0; part < 8; ++part) {
+    __m256i a0[NT], a1[NT];  // bytes 0 and 2 (1 and 3) of four activations, as words
+    for (int t = 0; t < NT; ++t) {
+      const __m256i a = _mm256_set1_epi32(dword(row[t] + at + part / 4 * 64 + part % 4 * 4));
+      a0[t] = _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8);
+      a1[t] = _mm256_srai_epi16(a, 8);
+    }
+    for (int h = 0; h < 2; ++h) {
+      const __m256i w = load(weights + part * 64 + h * 32);
+      const __m256i w0 = _mm256_and_si256(w, low_byte), w1 = _mm256_srli_epi16(w, 8);
+      for (int t = 0; t < NT; ++t) {
+        acc[t][h] = _mm256_add_epi32(acc[t][h], _mm256_madd_epi16(w0, a0[t]));
+        acc[t][h] = _mm256_add_epi32(acc[t][h], _mm256_madd_epi16(w1, a1[t]));
+      }
+    }
+  }
+}
+
+// The same for weights of at most 24: a pair of products is at most 6,096, so four pairs fit 16 bits.
+template <int NT>
+inline __attribute__((always_inline)) void add_small_block(const uint8_t* weights, const uint8_t* const* row, int64_t at,
+                                                           __m256i acc[NT][2]) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  for (int half = 0; half < 2; ++half) {
+    __m256i words[NT][2];
+    for (int t = 0; t < NT; ++t) words[t][0] = words[t][1] = _mm256_setzero_si256();
+    for (int part = 0; part < 4; ++part) {
+      const __m256i w0 = load(weights + half * 256 + part * 64), w1 = load(weights + half * 256 + part * 64 + 32);
+      for (int t = 0; t < NT; ++t) {
+        const __m256i a = _mm256_set1_epi32(dword(row[t] + at + half * 64 + part * 4));
+        words[t][0] = _mm256_add_epi16(words[t][0], _mm256_maddubs_epi16(w0, a));
+        words[t][1] = _mm256_add_epi16(words[t][1], _mm256_maddubs_epi16(w1, a));
+      }
+    }
+    for (int t = 0; t < NT; ++t) {
+      for (int h = 0; h < 2; ++h) acc[t][h] = _mm256_add_epi32(acc[t][h], _mm256_madd_epi16(words[t][h], ones));
+    }
+  }
+}
+
+// NT tokens by one panel. 16 registers: more than two tokens spill.
+template <int NT, bool kSmall>
 void panel_tile(const uint8_t* panel, int64_t num_blocks, const uint8_t* x, int64_t row_bytes, const int32_t* token,
                 float* tile) {
   const auto* scales = reinterpret_cast<const uint16_t*>(panel + num_blocks * kPanelBlockBytes);
   const int64_t scale_at = scale_offset(num_blocks), start_at = start_offset(num_blocks);
-  const __m256i low_byte = _mm256_set1_epi16(0xff);
   const uint8_t* row[NT];
   __m256 sum[NT][2];
   for (int t = 0; t < NT; ++t) {
@@ -228,22 +272,8 @@ void panel_tile(const uint8_t* panel, int64_t num_blocks, const uint8_t* x, int6
     const int64_t at = b / kGroupBlocks * kGroupBytes + b % kGroupBlocks * 16;
     __m256i acc[NT][2];
     for (int t = 0; t < NT; ++t) acc[t][0] = acc[t][1] = _mm256_set1_epi32(dword(row[t] + start_at + b * 4));
-    for (int part = 0; part < 8; ++part) {
-      __m256i a0[NT], a1[NT];  // bytes 0 and 2 (1 and 3) of four activations, as words
-      for (int t = 0; t < NT; ++t) {
-        const __m256i a = _mm256_set1_epi32(dword(row[t] + at + part / 4 * 64 + part % 4 * 4));
-        a0[t] = _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8);
-        a1[t] = _mm256_srai_epi16(a, 8);
-      }
-      for (int h = 0; h < 2; ++h) {
-        const __m256i w = load(panel + b * kPanelBlockBytes + part * 64 + h * 32);
-        const __m256i w0 = _mm256_and_si256(w, low_byte), w1 = _mm256_srli_epi16(w, 8);
-        for (int t = 0; t < NT; ++t) {
-          acc[t][h] = _mm256_add_epi32(acc[t][h], _mm256_madd_epi16(w0, a0[t]));
-          acc[t][h] = _mm256_add_epi32(acc[t][h], _mm256_madd_epi16(w1, a1[t]));
-        }
-      }
-    }
+    if (kSmall) add_small_block<NT>(panel + b * kPanelBlockBytes, row, at, acc);
+    else add_block<NT>(panel + b * kPanelBlockBytes, row, at, acc);
     for (int h = 0; h < 2; ++h) {
       const __m256 ws = expand_bf16(scales + b * kPanelRows + h * 8);
       for (int t = 0; t < NT; ++t) {
@@ -257,14 +287,23 @@ void panel_tile(const uint8_t* panel, int64_t num_blocks, const uint8_t* x, int6
   }
 }
 
-void panel_product(const uint8_t* panels, int num_panels, int64_t num_blocks, const uint8_t* x, int64_t row_bytes,
-                   const int32_t* token, int num_tokens, float* tile) {
+template <bool kSmall>
+void panel_tiles(const uint8_t* panel, int64_t num_blocks, const uint8_t* x, int64_t row_bytes, const int32_t* token,
+                 int num_tokens, float* tile) {
+  int t = 0;
+  for (; t + 2 <= num_tokens; t += 2) {
+    panel_tile<2, kSmall>(panel, num_blocks, x, row_bytes, token + t, tile + t * kTileRows);
+  }
+  if (t < num_tokens) panel_tile<1, kSmall>(panel, num_blocks, x, row_bytes, token + t, tile + t * kTileRows);
+}
+
+void panel_product(const uint8_t* panels, int num_panels, int64_t num_blocks, int offset, const uint8_t* x,
+                   int64_t row_bytes, const int32_t* token, int num_tokens, float* tile) {
   for (int p = 0; p < num_panels; ++p) {
     const uint8_t* panel = panels + p * panel_bytes(num_blocks);
     float* out = tile + p * kPanelRows;
-    int t = 0;
-    for (; t + 2 <= num_tokens; t += 2) panel_tile<2>(panel, num_blocks, x, row_bytes, token + t, out + t * kTileRows);
-    if (t < num_tokens) panel_tile<1>(panel, num_blocks, x, row_bytes, token + t, out + t * kTileRows);
+    if (offset == kMxfp4Offset) panel_tiles<true>(panel, num_blocks, x, row_bytes, token, num_tokens, out);
+    else panel_tiles<false>(panel, num_blocks, x, row_bytes, token, num_tokens, out);
   }
 }
 
@@ -410,11 +449,12 @@ double spin_int8(int64_t rounds) {
   for (int64_t n = 0; n < rounds; ++n) {
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
-      __asm__ volatile("" : "+v"(a));  // keeps the product inside the loop
+      __asm__ volatile("" : "+x"(a));  // a new value as far as the compiler knows: eight products, not one
       acc[i] = _mm256_add_epi32(acc[i], _mm256_madd_epi16(a, b));
-      __asm__ volatile("" : "+v"(acc[i]));
     }
   }
+  for (int i = 1; i < 8; ++i) acc[0] = _mm256_add_epi32(acc[0], acc[i]);
+  __asm__ volatile("" : "+x"(acc[0]));
   return static_cast<double>(rounds) * 8 * 32;
 }
 
@@ -432,7 +472,7 @@ uint64_t read_all(const uint8_t* data, int64_t size_bytes) {
 
 }  // namespace
 
-const MatmulTable kAvx2Matmul = {quantize_row, round_row,     quantize_panel, mxfp4_to_panels,     mxfp4_to_bf16,
+const MatmulTable kAvx2Matmul = {2, quantize_row, round_row,     quantize_panel, mxfp4_to_panels,     mxfp4_to_bf16,
                                  panel_product, mxfp4_product, bf16_product,   bf16_column_product, swiglu,
                                  finish,        add_parts,     spin_int8,      read_all};
 

@@ -317,7 +317,7 @@ void panel_tiles(const uint8_t* panels, int64_t num_blocks, const uint8_t* x, in
   if (num_tokens - t == 1) panel_tile<1, NP>(panels, num_blocks, x, row_bytes, token + t, tile + t * kTileRows);
 }
 
-void panel_product(const uint8_t* panels, int num_panels, int64_t num_blocks, const uint8_t* x, int64_t row_bytes,
+void panel_product(const uint8_t* panels, int num_panels, int64_t num_blocks, int, const uint8_t* x, int64_t row_bytes,
                    const int32_t* token, int num_tokens, float* tile) {
   if (num_panels == 2) panel_tiles<2>(panels, num_blocks, x, row_bytes, token, num_tokens, tile);
   else panel_tiles<1>(panels, num_blocks, x, row_bytes, token, num_tokens, tile);
@@ -654,7 +654,7 @@ uint64_t read_all(const uint8_t* data, int64_t size_bytes) {
 
 }  // namespace
 
-const MatmulTable kAvx512Matmul = {quantize_row, round_row,     quantize_panel, mxfp4_to_panels,     mxfp4_to_bf16,
+const MatmulTable kAvx512Matmul = {9, quantize_row, round_row,     quantize_panel, mxfp4_to_panels,     mxfp4_to_bf16,
                                    panel_product, mxfp4_product, bf16_product,   bf16_column_product, swiglu,
                                    finish,        add_parts,     spin_int8,      read_all};
 

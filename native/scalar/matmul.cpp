@@ -137,7 +137,7 @@ void mxfp4_to_bf16(const uint8_t* blocks, const uint8_t* scales, int num_rows, i
   }
 }
 
-void panel_product(const uint8_t* panels, int num_panels, int64_t num_blocks, const uint8_t* x, int64_t row_bytes,
+void panel_product(const uint8_t* panels, int num_panels, int64_t num_blocks, int, const uint8_t* x, int64_t row_bytes,
                    const int32_t* token, int num_tokens, float* tile) {
   for (int t = 0; t < num_tokens; ++t) {
     const uint8_t* row = x + token[t] * row_bytes;
@@ -267,7 +267,7 @@ uint64_t read_all(const uint8_t* data, int64_t size_bytes) {
 
 }  // namespace
 
-const MatmulTable kScalarMatmul = {quantize_row, round_row,     quantize_panel, mxfp4_to_panels,     mxfp4_to_bf16,
+const MatmulTable kScalarMatmul = {2, quantize_row, round_row,     quantize_panel, mxfp4_to_panels,     mxfp4_to_bf16,
                                    panel_product, mxfp4_product, bf16_product,   bf16_column_product, swiglu,
                                    finish,        add_parts,     spin_int8,      read_all};
 
