@@ -24,6 +24,22 @@ constexpr std::int64_t kHugePage = 2 << 20;
 
 enum Slot { kDecoded = 0, kTile = 1 };
 
+// The tables of the instruction set in use.
+#if defined(__x86_64__)
+template <typename Table>
+const Table& choose(const Table& scalar, const Table& avx2, const Table& avx512) {
+  if (current_isa() == Isa::avx512) return avx512;
+  return current_isa() == Isa::avx2 ? avx2 : scalar;
+}
+const Int8Table& int8_table() { return choose(kScalarInt8, kAvx2Int8, kAvx512Int8); }
+const Bf16Table& bf16_table() { return choose(kScalarBf16, kAvx2Bf16, kAvx512Bf16); }
+const TileTable& tile_table() { return choose(kScalarTile, kAvx2Tile, kAvx512Tile); }
+#else
+const Int8Table& int8_table() { return kScalarInt8; }
+const Bf16Table& bf16_table() { return kScalarBf16; }
+const TileTable& tile_table() { return kScalarTile; }
+#endif
+
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
 
@@ -69,13 +85,12 @@ struct Rows {
 
 // What a weight needs done to int8 activations: its offset, and the half that doubled e2m1 values owe.
 void prepare_row(const Weight& weight, Activations kind, const float* x, std::uint8_t* row) {
-  const MatmulTable& table = matmul_table();
   if (kind == Activations::bf16) {
-    table.round_row(x, weight.num_inputs, reinterpret_cast<std::uint16_t*>(row));
+    bf16_table().round_row(x, weight.num_inputs, reinterpret_cast<std::uint16_t*>(row));
   } else if (weight.kind == Weight::Kind::mxfp4) {
-    table.quantize_row(x, weight.num_inputs, kMxfp4Offset, 0.5f, row);
+    int8_table().quantize_row(x, weight.num_inputs, kMxfp4Offset, 0.5f, row);
   } else {
-    table.quantize_row(x, weight.num_inputs, kInt8Offset, 1.0f, row);
+    int8_table().quantize_row(x, weight.num_inputs, kInt8Offset, 1.0f, row);
   }
 }
 
@@ -108,7 +123,8 @@ void copy_columns(const Weight& weight, const std::uint16_t* data, std::int64_t 
 // Returns the tile, or null when memory is out.
 const float* product(const Weight& weight, std::int64_t expert, std::int64_t first, int num_rows, const Rows& x,
                      const std::int32_t* token, int num_tokens, int thread) {
-  const MatmulTable& table = matmul_table();
+  const Int8Table& int8 = int8_table();
+  const Bf16Table& bf16 = bf16_table();
   auto* tile = static_cast<float*>(thread_scratch(thread, kTile, kMaxTileTokens * kTileRows * sizeof(float)));
   if (!tile) return nullptr;
   const std::int64_t num_blocks = weight.num_inputs / kBlock;
@@ -116,18 +132,18 @@ const float* product(const Weight& weight, std::int64_t expert, std::int64_t fir
   if (weight.kind == Weight::Kind::panels) {
     const std::uint8_t* panels = weight.data + first / kPanelRows * panel_bytes(num_blocks);
     const int num_panels = static_cast<int>(ceil_div(num_rows, kPanelRows));
-    table.panel_product(panels, num_panels, num_blocks, kInt8Offset, x.data, x.row_bytes, token, num_tokens, tile);
+    int8.panel_product(panels, num_panels, num_blocks, kInt8Offset, x.data, x.row_bytes, token, num_tokens, tile);
     return tile;
   }
   if (weight.kind == Weight::Kind::bf16_rows) {
     const auto* rows = reinterpret_cast<const std::uint16_t*>(weight.data) + row * weight.num_inputs;
-    table.bf16_product(rows, num_rows, weight.num_inputs, x.data, x.row_bytes, token, num_tokens, tile);
+    bf16.bf16_product(rows, num_rows, weight.num_inputs, x.data, x.row_bytes, token, num_tokens, tile);
     return tile;
   }
   const std::uint8_t* blocks = weight.data + row * num_blocks * 16;
   const std::uint8_t* scales = weight.scales + row * num_blocks;
-  if (weight.kind == Weight::Kind::mxfp4 && x.kind == Activations::int8 && num_tokens < table.panel_tokens) {
-    table.mxfp4_product(blocks, scales, num_rows, num_blocks, x.data, x.row_bytes, token, num_tokens, tile);
+  if (weight.kind == Weight::Kind::mxfp4 && x.kind == Activations::int8 && num_tokens < int8.panel_tokens) {
+    int8.mxfp4_product(blocks, scales, num_rows, num_blocks, x.data, x.row_bytes, token, num_tokens, tile);
     return tile;
   }
   void* decoded = thread_scratch(thread, kDecoded, decoded_bytes(weight, x.kind));
@@ -136,17 +152,17 @@ const float* product(const Weight& weight, std::int64_t expert, std::int64_t fir
   if (weight.kind == Weight::Kind::bf16_columns) {
     const auto* data = reinterpret_cast<const std::uint16_t*>(weight.data);
     copy_columns(weight, data + expert * weight.num_outputs * weight.num_inputs, first, num_rows, words);
-    table.bf16_column_product(words, weight.num_inputs, x.data, x.row_bytes, token, num_tokens, tile);
+    bf16.bf16_column_product(words, weight.num_inputs, x.data, x.row_bytes, token, num_tokens, tile);
   } else if (x.kind == Activations::int8) {
     auto* panels = static_cast<std::uint8_t*>(decoded);
-    table.mxfp4_to_panels(blocks, scales, num_rows, num_blocks, panels);
-    table.panel_product(panels, 2, num_blocks, kMxfp4Offset, x.data, x.row_bytes, token, num_tokens, tile);
+    int8.mxfp4_to_panels(blocks, scales, num_rows, num_blocks, panels);
+    int8.panel_product(panels, 2, num_blocks, kMxfp4Offset, x.data, x.row_bytes, token, num_tokens, tile);
   } else {
     // Four rows at a time: they are still in L1 when the products read them.
     for (int r = 0; r < num_rows; r += 4) {
       const int few = std::min(4, num_rows - r);
-      table.mxfp4_to_bf16(blocks + r * num_blocks * 16, scales + r * num_blocks, few, num_blocks, words);
-      table.bf16_product(words, few, weight.num_inputs, x.data, x.row_bytes, token, num_tokens, tile + r);
+      bf16.mxfp4_to_bf16(blocks + r * num_blocks * 16, scales + r * num_blocks, few, num_blocks, words);
+      bf16.bf16_product(words, few, weight.num_inputs, x.data, x.row_bytes, token, num_tokens, tile + r);
     }
   }
   return tile;
@@ -221,16 +237,8 @@ Groups group_by_expert(const std::int32_t* expert_id, std::int64_t num_slots, in
 
 }  // namespace
 
-const MatmulTable& matmul_table() {
-#if defined(__x86_64__)
-  if (current_isa() == Isa::avx512) return kAvx512Matmul;
-  if (current_isa() == Isa::avx2) return kAvx2Matmul;
-#endif
-  return kScalarMatmul;
-}
-
 void quantize_weight(const std::uint16_t* weight, std::int64_t num_outputs, std::int64_t num_inputs, std::uint8_t* panels) {
-  const MatmulTable& table = matmul_table();
+  const Int8Table& table = int8_table();
   parallel(ceil_div(num_outputs, kPanelRows), [&](std::int64_t task, int) {
     const std::int64_t first = task * kPanelRows;
     const int num_rows = static_cast<int>(std::min<std::int64_t>(kPanelRows, num_outputs - first));
@@ -253,7 +261,7 @@ std::int64_t matmul_thread_bytes(std::int64_t max_inputs) {
 }
 
 void linear(const float* x, std::int64_t num_tokens, const Weight& weight, Activations activations, bool add, float* out) {
-  const MatmulTable& table = matmul_table();
+  const TileTable& table = tile_table();
   std::lock_guard<std::mutex> lock(arena().mutex);
   std::uint8_t* memory = arena().take(linear_scratch_bytes(num_tokens, weight.num_inputs));
   const Rows rows = prepare(weight, activations, x, num_tokens, memory);
@@ -273,7 +281,7 @@ void linear(const float* x, std::int64_t num_tokens, const Weight& weight, Activ
 
 void moe(const float* x, std::int64_t num_tokens, const std::int32_t* expert_id, const float* expert_weight,
          int num_active, const Experts& experts, Activations activations, float* out) {
-  const MatmulTable& table = matmul_table();
+  const TileTable& table = tile_table();
   const std::int64_t hidden = experts.down.num_outputs, size = experts.down.num_inputs;
   const std::int64_t num_slots = num_tokens * num_active;
   std::lock_guard<std::mutex> lock(arena().mutex);
@@ -312,7 +320,7 @@ void moe(const float* x, std::int64_t num_tokens, const std::int32_t* expert_id,
 }
 
 double measure_read_bandwidth(const std::uint8_t* data, std::int64_t size_bytes, int repeats) {
-  const MatmulTable& table = matmul_table();
+  const TileTable& table = tile_table();
   const std::int64_t piece = 256 << 10;
   std::atomic<std::uint64_t> keep{0};
   double best = 0;
@@ -326,7 +334,7 @@ double measure_read_bandwidth(const std::uint8_t* data, std::int64_t size_bytes,
 }
 
 double measure_int8_ops(std::int64_t rounds) {
-  const MatmulTable& table = matmul_table();
+  const TileTable& table = tile_table();
   std::atomic<std::int64_t> done{0};
   const auto begin = std::chrono::steady_clock::now();
   parallel(64 * num_threads(), [&](std::int64_t, int) { done += static_cast<std::int64_t>(table.spin_int8(rounds)); });

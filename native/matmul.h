@@ -1,4 +1,4 @@
-// Matrix kernels: layouts, the table of functions that each instruction set fills, and the drivers over it.
+// Matrix kernels: layouts, the tables of functions that each instruction set fills, and the drivers over them.
 // docs/kernels.md draws the layouts; harmonium/kernels/reference_matmul.py is the specification in NumPy.
 #pragma once
 
@@ -36,23 +36,19 @@ static inline std::int64_t panel_bytes(std::int64_t num_blocks) {
   return num_blocks * kPanelBlockBytes + (num_blocks * kPanelRows * 2 + 63) / 64 * 64;
 }
 
-// What an instruction set provides. A "tile" is float32 [num_tokens][kTileRows]; x is activations with a row every
-// row_bytes, token[i] the row that token i of the tile takes. Nothing here allocates, fails or prints.
-struct MatmulTable {
+// What an instruction set provides: three tables, each filled by a file of its own. A "tile" is float32
+// [num_tokens][kTileRows]; x is activations with a row every row_bytes, token[i] the row that token i of the tile
+// takes. Nothing here allocates, fails or prints.
+struct Int8Table {
   // From so many tokens on, MXFP4 rows are decoded to panels rather than used as they lie (measured).
   int panel_tokens;
   // One row of activations to int8; `factor` is multiplied into the scales.
   void (*quantize_row)(const float* x, std::int64_t num_inputs, int offset, float factor, std::uint8_t* row);
-  // One row of activations to bf16, to nearest even.
-  void (*round_row)(const float* x, std::int64_t num_inputs, std::uint16_t* row);
   // bf16 weights [num_rows <= 16][num_inputs] to one panel; missing rows become zeros.
   void (*quantize_panel)(const std::uint16_t* weight, int num_rows, std::int64_t num_inputs, std::uint8_t* panel);
   // MXFP4 rows (num_rows <= 32) to two panels; missing rows become zeros.
   void (*mxfp4_to_panels)(const std::uint8_t* blocks, const std::uint8_t* scales, int num_rows, std::int64_t num_blocks,
                           std::uint8_t* panels);
-  // MXFP4 rows (num_rows <= 32) to bf16 [num_rows][num_blocks * 32].
-  void (*mxfp4_to_bf16)(const std::uint8_t* blocks, const std::uint8_t* scales, int num_rows, std::int64_t num_blocks,
-                        std::uint16_t* weight);
   // Products with one or two panels whose weights carry `offset`, int8 activations.
   void (*panel_product)(const std::uint8_t* panels, int num_panels, std::int64_t num_blocks, int offset,
                         const std::uint8_t* x, std::int64_t row_bytes, const std::int32_t* token, int num_tokens,
@@ -61,12 +57,23 @@ struct MatmulTable {
   void (*mxfp4_product)(const std::uint8_t* blocks, const std::uint8_t* scales, int num_rows, std::int64_t num_blocks,
                         const std::uint8_t* x, std::int64_t row_bytes, const std::int32_t* token, int num_tokens,
                         float* tile);
+};
+
+struct Bf16Table {
+  // One row of activations to bf16, to nearest even.
+  void (*round_row)(const float* x, std::int64_t num_inputs, std::uint16_t* row);
+  // MXFP4 rows (num_rows <= 32) to bf16 [num_rows][num_blocks * 32].
+  void (*mxfp4_to_bf16)(const std::uint8_t* blocks, const std::uint8_t* scales, int num_rows, std::int64_t num_blocks,
+                        std::uint16_t* weight);
   // Products with bf16 rows [num_rows <= 32][num_inputs], bf16 activations.
   void (*bf16_product)(const std::uint16_t* weight, int num_rows, std::int64_t num_inputs, const std::uint8_t* x,
                        std::int64_t row_bytes, const std::int32_t* token, int num_tokens, float* tile);
   // Products with bf16 columns [num_inputs][kTileRows], bf16 activations.
   void (*bf16_column_product)(const std::uint16_t* weight, std::int64_t num_inputs, const std::uint8_t* x,
                               std::int64_t row_bytes, const std::int32_t* token, int num_tokens, float* tile);
+};
+
+struct TileTable {
   // gate_up [2 * num_units] (gate, up, gate, up, ...) and its bias to out [num_units]; num_units <= 16.
   void (*swiglu)(const float* gate_up, const std::uint16_t* bias, int num_units, float limit, float alpha, float* out);
   // out = (tile + bias) * weight, or out += that; bias may be null.
@@ -80,12 +87,17 @@ struct MatmulTable {
   std::uint64_t (*read_all)(const std::uint8_t* data, std::int64_t size_bytes);
 };
 
-extern const MatmulTable kScalarMatmul;
+extern const Int8Table kScalarInt8;
+extern const Bf16Table kScalarBf16;
+extern const TileTable kScalarTile;
 #if defined(__x86_64__)
-extern const MatmulTable kAvx2Matmul;
-extern const MatmulTable kAvx512Matmul;
+extern const Int8Table kAvx2Int8;
+extern const Bf16Table kAvx2Bf16;
+extern const TileTable kAvx2Tile;
+extern const Int8Table kAvx512Int8;
+extern const Bf16Table kAvx512Bf16;
+extern const TileTable kAvx512Tile;
 #endif
-const MatmulTable& matmul_table();  // that of current_isa()
 
 enum class Activations : int { int8 = 0, bf16 = 1 };
 
