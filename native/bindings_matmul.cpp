@@ -1,13 +1,13 @@
 // Python's side of the matrix kernels: checks every array, then releases the GIL and calls a driver of matmul.h.
-#include "bindings.h"
-#include "matmul.h"
-
 #include <nanobind/stl/string.h>
 #include <sys/mman.h>
 
 #include <cstdlib>
 #include <initializer_list>
 #include <new>
+
+#include "bindings.h"
+#include "matmul.h"
 
 namespace harmonium {
 
@@ -45,7 +45,8 @@ class Array {
  public:
   Array(nb::handle object, const char* name, int rank, Access access = Access::read) : name_(name), rank_(rank) {
     Py_buffer view;
-    const std::string expected = std::string("; expected a C-contiguous ") + Format<T>::name + " array of rank " + std::to_string(rank);
+    const std::string expected =
+        std::string("; expected a C-contiguous ") + Format<T>::name + " array of rank " + std::to_string(rank);
     if (PyObject_GetBuffer(object.ptr(), &view, PyBUF_FORMAT | PyBUF_STRIDES) != 0) {
       PyErr_Clear();
       fail(std::string("is a ") + Py_TYPE(object.ptr())->tp_name + expected);
@@ -72,13 +73,16 @@ class Array {
     int axis = 0;
     for (const std::int64_t size : sizes) {
       if (size >= 0 && shape_[axis] != size) {
-        fail("has size " + std::to_string(shape_[axis]) + " along axis " + std::to_string(axis) + "; expected " + std::to_string(size));
+        fail("has size " + std::to_string(shape_[axis]) + " along axis " + std::to_string(axis) + "; expected " +
+             std::to_string(size));
       }
       ++axis;
     }
   }
 
-  [[noreturn]] void fail(const std::string& what) const { throw nb::value_error((std::string(name_) + " " + what).c_str()); }
+  [[noreturn]] void fail(const std::string& what) const {
+    throw nb::value_error((std::string(name_) + " " + what).c_str());
+  }
 
  private:
   const char* name_;
@@ -107,7 +111,8 @@ Activations parse_activations(const std::string& name) {
 }
 
 // x [T, K] and out [T, N] against a weight; then the product without the GIL.
-void run_linear(nb::handle x_object, Weight weight, nb::handle bias, nb::handle out_object, Activations activations, bool add) {
+void run_linear(nb::handle x_object, Weight weight, nb::handle bias, nb::handle out_object, Activations activations,
+                bool add) {
   const Array<float> x(x_object, "x", 2), out(out_object, "out", 2, Access::write);
   x.expect({-1, weight.num_inputs});
   out.expect({x.shape(0), weight.num_outputs});
@@ -125,7 +130,8 @@ void bind_quantize_weight(nb::handle weight_object, nb::handle panels_object) {
   quantize_weight(weight.data(), weight.shape(0), weight.shape(1), panels.data());
 }
 
-void bind_linear_int8(nb::handle x, nb::handle panels_object, std::int64_t num_outputs, nb::handle bias, nb::handle out, bool add) {
+void bind_linear_int8(nb::handle x, nb::handle panels_object, std::int64_t num_outputs, nb::handle bias, nb::handle out,
+                      bool add) {
   const Array<float> activations(x, "x", 2);
   check_blocks(activations.shape(1), "x");
   const Array<std::uint8_t> panels(panels_object, "panels", 2);
@@ -137,25 +143,31 @@ void bind_linear_int8(nb::handle x, nb::handle panels_object, std::int64_t num_o
 void bind_linear_bf16(nb::handle x, nb::handle weight_object, nb::handle bias, nb::handle out, bool add) {
   const Array<std::uint16_t> data(weight_object, "weight", 2);
   check_blocks(data.shape(1), "weight");
-  const Weight weight{Weight::Kind::bf16_rows, reinterpret_cast<const std::uint8_t*>(data.data()), nullptr, nullptr,
-                      data.shape(0), data.shape(1)};
+  const Weight weight{Weight::Kind::bf16_rows,
+                      reinterpret_cast<const std::uint8_t*>(data.data()),
+                      nullptr,
+                      nullptr,
+                      data.shape(0),
+                      data.shape(1)};
   run_linear(x, weight, bias, out, Activations::bf16, add);
 }
 
-void bind_matmul_mxfp4(nb::handle x, nb::handle blocks_object, nb::handle scales_object, nb::handle bias, nb::handle out,
-                       const std::string& activations) {
+void bind_matmul_mxfp4(nb::handle x, nb::handle blocks_object, nb::handle scales_object, nb::handle bias,
+                       nb::handle out, const std::string& activations) {
   const Array<std::uint8_t> blocks(blocks_object, "blocks", 3), scales(scales_object, "scales", 2);
   blocks.expect({-1, -1, 16});
   scales.expect({blocks.shape(0), blocks.shape(1)});
   check_blocks(blocks.shape(1) * kBlock, "blocks");
-  const Weight weight{Weight::Kind::mxfp4, blocks.data(), scales.data(), nullptr, blocks.shape(0), blocks.shape(1) * kBlock};
+  const Weight weight{Weight::Kind::mxfp4, blocks.data(),           scales.data(), nullptr,
+                      blocks.shape(0),     blocks.shape(1) * kBlock};
   run_linear(x, weight, bias, out, parse_activations(activations), false);
 }
 
 // Everything about a moe call that is not a weight; E, D and F come from the weights.
-void run_moe(nb::handle x_object, nb::handle id_object, nb::handle weight_object, Experts& experts, nb::handle gate_up_bias,
-             nb::handle down_bias, nb::handle out_object, Activations activations) {
-  const Array<float> x(x_object, "x", 2), weight(weight_object, "expert_weight", 2), out(out_object, "out", 2, Access::write);
+void run_moe(nb::handle x_object, nb::handle id_object, nb::handle weight_object, Experts& experts,
+             nb::handle gate_up_bias, nb::handle down_bias, nb::handle out_object, Activations activations) {
+  const Array<float> x(x_object, "x", 2), weight(weight_object, "expert_weight", 2),
+      out(out_object, "out", 2, Access::write);
   const Array<std::int32_t> id(id_object, "expert_id", 2);
   const std::int64_t hidden = experts.gate_up.num_inputs, num_tokens = x.shape(0), num_active = id.shape(1);
   check_blocks(hidden, "gate_up");
@@ -172,8 +184,10 @@ void run_moe(nb::handle x_object, nb::handle id_object, nb::handle weight_object
   experts.down.bias = down.data();
   for (std::int64_t i = 0; i < num_tokens * num_active; ++i) {
     if (id.data()[i] < 0 || id.data()[i] >= experts.num_experts) {
-      throw nb::index_error(("expert_id holds " + std::to_string(id.data()[i]) + " for token " + std::to_string(i / num_active) +
-                             "; expected 0 to " + std::to_string(experts.num_experts - 1)).c_str());
+      throw nb::index_error(("expert_id holds " + std::to_string(id.data()[i]) + " for token " +
+                             std::to_string(i / num_active) + "; expected 0 to " +
+                             std::to_string(experts.num_experts - 1))
+                                .c_str());
     }
   }
   nb::gil_scoped_release release;
@@ -192,19 +206,26 @@ void bind_moe_mxfp4(nb::handle x, nb::handle expert_id, nb::handle expert_weight
   scales.expect({num_experts, hidden, down.shape(2)});
   const auto kind = Weight::Kind::mxfp4;
   Experts experts{{kind, up.data(), up_scales.data(), nullptr, 2 * size, hidden},
-                  {kind, down.data(), scales.data(), nullptr, hidden, size}, num_experts, limit, alpha};
+                  {kind, down.data(), scales.data(), nullptr, hidden, size},
+                  num_experts,
+                  limit,
+                  alpha};
   run_moe(x, expert_id, expert_weight, experts, gate_up_bias, down_bias, out, parse_activations(activations));
 }
 
 void bind_moe_bf16(nb::handle x, nb::handle expert_id, nb::handle expert_weight, nb::handle gate_up_weight,
-                   nb::handle gate_up_bias, nb::handle down_weight, nb::handle down_bias, nb::handle out, float limit, float alpha) {
+                   nb::handle gate_up_bias, nb::handle down_weight, nb::handle down_bias, nb::handle out, float limit,
+                   float alpha) {
   const Array<std::uint16_t> up(gate_up_weight, "gate_up_weight", 3), down(down_weight, "down_weight", 3);
   const std::int64_t num_experts = up.shape(0), hidden = up.shape(1), size = down.shape(1);
   up.expect({-1, -1, 2 * size});
   down.expect({num_experts, -1, hidden});
   const auto kind = Weight::Kind::bf16_columns;
   Experts experts{{kind, reinterpret_cast<const std::uint8_t*>(up.data()), nullptr, nullptr, 2 * size, hidden},
-                  {kind, reinterpret_cast<const std::uint8_t*>(down.data()), nullptr, nullptr, hidden, size}, num_experts, limit, alpha};
+                  {kind, reinterpret_cast<const std::uint8_t*>(down.data()), nullptr, nullptr, hidden, size},
+                  num_experts,
+                  limit,
+                  alpha};
   run_moe(x, expert_id, expert_weight, experts, gate_up_bias, down_bias, out, Activations::bf16);
 }
 
@@ -237,15 +258,17 @@ void bind_matmul(nb::module_& m) {
   m.def("allocate", &allocate, nb::arg("size_bytes"));
   m.def("panel_bytes", [](std::int64_t num_inputs) { return panel_bytes(num_inputs / kBlock); }, nb::arg("num_inputs"));
   m.def("quantize_weight", &bind_quantize_weight, nb::arg("weight"), nb::arg("panels"));
-  m.def("linear_int8", &bind_linear_int8, nb::arg("x"), nb::arg("panels"), nb::arg("num_outputs"), nb::arg("bias").none(),
-        nb::arg("out"), nb::arg("add"));
-  m.def("linear_bf16", &bind_linear_bf16, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(), nb::arg("out"), nb::arg("add"));
+  m.def("linear_int8", &bind_linear_int8, nb::arg("x"), nb::arg("panels"), nb::arg("num_outputs"),
+        nb::arg("bias").none(), nb::arg("out"), nb::arg("add"));
+  m.def("linear_bf16", &bind_linear_bf16, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(), nb::arg("out"),
+        nb::arg("add"));
   m.def("matmul_mxfp4", &bind_matmul_mxfp4, nb::arg("x"), nb::arg("blocks"), nb::arg("scales"), nb::arg("bias").none(),
         nb::arg("out"), nb::arg("activations"));
   m.def("moe_mxfp4", &bind_moe_mxfp4);
   m.def("moe_bf16", &bind_moe_bf16);
   m.def("linear_scratch_bytes", &linear_scratch_bytes, nb::arg("num_tokens"), nb::arg("num_inputs"));
-  m.def("moe_scratch_bytes", &moe_scratch_bytes, nb::arg("num_tokens"), nb::arg("hidden"), nb::arg("expert_size"), nb::arg("num_active"));
+  m.def("moe_scratch_bytes", &moe_scratch_bytes, nb::arg("num_tokens"), nb::arg("hidden"), nb::arg("expert_size"),
+        nb::arg("num_active"));
   m.def("matmul_thread_bytes", &matmul_thread_bytes, nb::arg("max_inputs"));
   m.def("measure_read_bandwidth", &bind_read_bandwidth, nb::arg("data"), nb::arg("repeats"));
   m.def("measure_int8_ops", &measure_int8_ops, nb::arg("rounds"), nb::call_guard<nb::gil_scoped_release>());

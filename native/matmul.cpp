@@ -106,12 +106,14 @@ Rows prepare(const Weight& weight, Activations kind, const float* x, std::int64_
 }
 
 std::int64_t decoded_bytes(const Weight& weight, Activations kind) {
-  if (weight.kind == Weight::Kind::mxfp4 && kind == Activations::int8) return 2 * panel_bytes(weight.num_inputs / kBlock);
+  if (weight.kind == Weight::Kind::mxfp4 && kind == Activations::int8)
+    return 2 * panel_bytes(weight.num_inputs / kBlock);
   return weight.num_inputs * kTileRows * 2;
 }
 
 // Columns first..first + 31 of a [K, N] weight, missing ones zero.
-void copy_columns(const Weight& weight, const std::uint16_t* data, std::int64_t first, int num_rows, std::uint16_t* out) {
+void copy_columns(const Weight& weight, const std::uint16_t* data, std::int64_t first, int num_rows,
+                  std::uint16_t* out) {
   for (std::int64_t k = 0; k < weight.num_inputs; ++k) {
     const std::uint16_t* from = data + k * weight.num_outputs + first;
     std::copy(from, from + num_rows, out + k * kTileRows);
@@ -192,8 +194,10 @@ void for_each_tile(const Weight& weight, const std::vector<Chunk>& chunks, const
     for (std::int64_t first = task % tasks * run * kTileRows; first < end; first += kTileRows) {
       const int num_rows = static_cast<int>(std::min<std::int64_t>(kTileRows, end - first));
       const float* tile = product(weight, chunk.expert, first, num_rows, x, token + chunk.begin, chunk.count, thread);
-      if (tile) use(chunk, first, num_rows, tile);
-      else out_of_memory = true;
+      if (tile)
+        use(chunk, first, num_rows, tile);
+      else
+        out_of_memory = true;
     }
   });
   if (out_of_memory) throw std::bad_alloc();
@@ -215,7 +219,8 @@ void add_chunks(std::int64_t expert, std::int64_t begin, std::int64_t end, std::
   }
 }
 
-Groups group_by_expert(const std::int32_t* expert_id, std::int64_t num_slots, int num_active, std::int64_t num_experts) {
+Groups group_by_expert(const std::int32_t* expert_id, std::int64_t num_slots, int num_active,
+                       std::int64_t num_experts) {
   Groups groups;
   std::vector<std::int64_t> next(num_experts + 1, 0);
   for (std::int64_t s = 0; s < num_slots; ++s) ++next[expert_id[s] + 1];
@@ -231,23 +236,27 @@ Groups group_by_expert(const std::int32_t* expert_id, std::int64_t num_slots, in
     groups.token[at] = static_cast<std::int32_t>(s / num_active);
   }
   // Big chunks first, so that the threads end together.
-  std::stable_sort(groups.chunks.begin(), groups.chunks.end(), [](const Chunk& a, const Chunk& b) { return a.count > b.count; });
+  std::stable_sort(groups.chunks.begin(), groups.chunks.end(),
+                   [](const Chunk& a, const Chunk& b) { return a.count > b.count; });
   return groups;
 }
 
 }  // namespace
 
-void quantize_weight(const std::uint16_t* weight, std::int64_t num_outputs, std::int64_t num_inputs, std::uint8_t* panels) {
+void quantize_weight(const std::uint16_t* weight, std::int64_t num_outputs, std::int64_t num_inputs,
+                     std::uint8_t* panels) {
   const Int8Table& table = int8_table();
   parallel(ceil_div(num_outputs, kPanelRows), [&](std::int64_t task, int) {
     const std::int64_t first = task * kPanelRows;
     const int num_rows = static_cast<int>(std::min<std::int64_t>(kPanelRows, num_outputs - first));
-    table.quantize_panel(weight + first * num_inputs, num_rows, num_inputs, panels + task * panel_bytes(num_inputs / kBlock));
+    table.quantize_panel(weight + first * num_inputs, num_rows, num_inputs,
+                         panels + task * panel_bytes(num_inputs / kBlock));
   });
 }
 
 std::int64_t linear_scratch_bytes(std::int64_t num_tokens, std::int64_t num_inputs) {
-  return num_tokens * std::max(row_bytes_of(Activations::int8, num_inputs), row_bytes_of(Activations::bf16, num_inputs));
+  return num_tokens *
+         std::max(row_bytes_of(Activations::int8, num_inputs), row_bytes_of(Activations::bf16, num_inputs));
 }
 
 std::int64_t moe_scratch_bytes(std::int64_t num_tokens, std::int64_t hidden, std::int64_t expert_size, int num_active) {
@@ -260,7 +269,8 @@ std::int64_t matmul_thread_bytes(std::int64_t max_inputs) {
   return max_inputs * kTileRows * 2 + kMaxTileTokens * kTileRows * 4;
 }
 
-void linear(const float* x, std::int64_t num_tokens, const Weight& weight, Activations activations, bool add, float* out) {
+void linear(const float* x, std::int64_t num_tokens, const Weight& weight, Activations activations, bool add,
+            float* out) {
   const TileTable& table = tile_table();
   std::lock_guard<std::mutex> lock(arena().mutex);
   std::uint8_t* memory = arena().take(linear_scratch_bytes(num_tokens, weight.num_inputs));

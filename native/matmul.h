@@ -6,25 +6,29 @@
 
 namespace harmonium {
 
-constexpr int kBlock = 32;           // inputs that share one scale, in weights and in activations
-constexpr int kGroupBlocks = 4;      // blocks of a group: 16 bytes each of even (or odd) elements fill a zmm register
-constexpr int kGroupBytes = 128;     // int8 activations of a group
-constexpr int kPanelRows = 16;       // outputs of a panel: int32 lanes of a zmm register
+constexpr int kBlock = 32;             // inputs that share one scale, in weights and in activations
+constexpr int kGroupBlocks = 4;        // blocks of a group: 16 bytes each of even (or odd) elements fill a zmm register
+constexpr int kGroupBytes = 128;       // int8 activations of a group
+constexpr int kPanelRows = 16;         // outputs of a panel: int32 lanes of a zmm register
 constexpr int kPanelBlockBytes = 512;  // weights of a panel for one block, without the scales
-constexpr int kTileRows = 32;        // outputs of a task's tile: two panels
-constexpr int kMxfp4Offset = 12;     // added to doubled e2m1 values (-12..12) so that they are unsigned
-constexpr int kInt8Offset = 128;     // added to int8 weights for the same reason
+constexpr int kTileRows = 32;          // outputs of a task's tile: two panels
+constexpr int kMxfp4Offset = 12;       // added to doubled e2m1 values (-12..12) so that they are unsigned
+constexpr int kInt8Offset = 128;       // added to int8 weights for the same reason
 
 // Internal linkage: an inline function with external linkage, compiled once with AVX-512 and once without, is one
 // function to the linker, and the wrong copy may win.
-static inline std::int64_t num_groups(std::int64_t num_blocks) { return (num_blocks + kGroupBlocks - 1) / kGroupBlocks; }
+static inline std::int64_t num_groups(std::int64_t num_blocks) {
+  return (num_blocks + kGroupBlocks - 1) / kGroupBlocks;
+}
 
 // A row of int8 activations, blocks padded with zeros to whole groups:
 //   q      [groups][even, odd][4 blocks][16] int8: element 2i (2i + 1) of block b is byte i of its even (odd) part
 //   scale  [groups * 4] float32
 //   start  [groups * 4] int32: minus offset times the sum of the block's q: what an accumulator starts with, so that
 //          unsigned weights (value + offset) give the product with the signed ones
-static inline std::int64_t int8_row_bytes(std::int64_t num_blocks) { return (num_groups(num_blocks) * 160 + 63) / 64 * 64; }
+static inline std::int64_t int8_row_bytes(std::int64_t num_blocks) {
+  return (num_groups(num_blocks) * 160 + 63) / 64 * 64;
+}
 static inline std::int64_t scale_offset(std::int64_t num_blocks) { return num_groups(num_blocks) * kGroupBytes; }
 static inline std::int64_t start_offset(std::int64_t num_blocks) { return num_groups(num_blocks) * (kGroupBytes + 16); }
 
@@ -120,8 +124,10 @@ struct Experts {
 };
 
 // The drivers: they share the work among the threads of the pool. All throw std::bad_alloc when memory is out.
-void quantize_weight(const std::uint16_t* weight, std::int64_t num_outputs, std::int64_t num_inputs, std::uint8_t* panels);
-void linear(const float* x, std::int64_t num_tokens, const Weight& weight, Activations activations, bool add, float* out);
+void quantize_weight(const std::uint16_t* weight, std::int64_t num_outputs, std::int64_t num_inputs,
+                     std::uint8_t* panels);
+void linear(const float* x, std::int64_t num_tokens, const Weight& weight, Activations activations, bool add,
+            float* out);
 void moe(const float* x, std::int64_t num_tokens, const std::int32_t* expert_id, const float* expert_weight,
          int num_active, const Experts& experts, Activations activations, float* out);
 
@@ -131,6 +137,6 @@ std::int64_t moe_scratch_bytes(std::int64_t num_tokens, std::int64_t hidden, std
 std::int64_t matmul_thread_bytes(std::int64_t max_inputs);
 
 double measure_read_bandwidth(const std::uint8_t* data, std::int64_t size_bytes, int repeats);  // bytes a second
-double measure_int8_ops(std::int64_t rounds);                                                  // operations a second
+double measure_int8_ops(std::int64_t rounds);                                                   // operations a second
 
 }  // namespace harmonium

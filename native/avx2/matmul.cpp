@@ -1,5 +1,6 @@
 // What surrounds the products, AVX2 and FMA. What each function does: matmul.h.
 #include "matmul.h"
+
 #include "avx2/matmul_bits.h"
 
 namespace harmonium {
@@ -9,7 +10,8 @@ namespace {
 // e^x for x <= 88 to about one unit in the last place (avx512/matmul.cpp says how); below -87 zero.
 __m256 exp_ps(__m256 x) {
   x = _mm256_max_ps(_mm256_set1_ps(-88.0f), x);
-  const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m256 n =
+      _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);
   r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
   __m256 p = _mm256_set1_ps(1.0f / 5040);

@@ -1,6 +1,6 @@
 // Products with bf16 activations, AVX2 and FMA. What each function does: matmul.h.
-#include "matmul.h"
 #include "avx2/matmul_bits.h"
+#include "matmul.h"
 
 namespace harmonium {
 
@@ -15,7 +15,8 @@ void round_row(const float* x, int64_t num_inputs, uint16_t* row) {
 }
 
 void mxfp4_to_bf16(const uint8_t* blocks, const uint8_t* scales, int num_rows, int64_t num_blocks, uint16_t* weight) {
-  const __m256i twice = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12));
+  const __m256i twice =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12));
   const __m128i nibble = _mm_set1_epi8(15);
   for (int64_t b = 0; b < num_rows * num_blocks; ++b) {
     const __m128i v = load128(blocks + b * 16);
@@ -72,14 +73,16 @@ template <int NR>
 void bf16_tokens(const uint16_t* weight, int64_t num_inputs, const uint8_t* x, int64_t row_bytes, const int32_t* token,
                  int num_tokens, float* tile) {
   int t = 0;
-  for (; t + 2 <= num_tokens; t += 2) bf16_rows<2, NR>(weight, num_inputs, x, row_bytes, token + t, tile + t * kTileRows);
+  for (; t + 2 <= num_tokens; t += 2)
+    bf16_rows<2, NR>(weight, num_inputs, x, row_bytes, token + t, tile + t * kTileRows);
   if (t < num_tokens) bf16_rows<1, NR>(weight, num_inputs, x, row_bytes, token + t, tile + t * kTileRows);
 }
 
 void bf16_product(const uint16_t* weight, int num_rows, int64_t num_inputs, const uint8_t* x, int64_t row_bytes,
                   const int32_t* token, int num_tokens, float* tile) {
   int r = 0;
-  for (; r + 2 <= num_rows; r += 2) bf16_tokens<2>(weight + r * num_inputs, num_inputs, x, row_bytes, token, num_tokens, tile + r);
+  for (; r + 2 <= num_rows; r += 2)
+    bf16_tokens<2>(weight + r * num_inputs, num_inputs, x, row_bytes, token, num_tokens, tile + r);
   if (r < num_rows) bf16_tokens<1>(weight + r * num_inputs, num_inputs, x, row_bytes, token, num_tokens, tile + r);
 }
 
@@ -112,7 +115,8 @@ void bf16_columns(const uint16_t* weight, int64_t num_inputs, const uint8_t* x, 
 void bf16_column_product(const uint16_t* weight, int64_t num_inputs, const uint8_t* x, int64_t row_bytes,
                          const int32_t* token, int num_tokens, float* tile) {
   int t = 0;
-  for (; t + 2 <= num_tokens; t += 2) bf16_columns<2>(weight, num_inputs, x, row_bytes, token + t, tile + t * kTileRows);
+  for (; t + 2 <= num_tokens; t += 2)
+    bf16_columns<2>(weight, num_inputs, x, row_bytes, token + t, tile + t * kTileRows);
   if (t < num_tokens) bf16_columns<1>(weight, num_inputs, x, row_bytes, token + t, tile + t * kTileRows);
 }
 

@@ -1,6 +1,6 @@
 // Products with int8 activations, AVX2 and FMA. What each function does: matmul.h.
-#include "matmul.h"
 #include "avx2/matmul_bits.h"
+#include "matmul.h"
 
 namespace harmonium {
 
@@ -14,7 +14,8 @@ __m256i pack_bytes(const __m256i v[4]) {
 
 // Bytes in order to [16 even][16 odd].
 __m256i split_even_odd(__m256i bytes) {
-  const __m256i order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
+  const __m256i order =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
   return _mm256_permute4x64_epi64(_mm256_shuffle_epi8(bytes, order), 0xd8);
 }
 
@@ -140,8 +141,8 @@ inline __attribute__((always_inline)) void add_block(const uint8_t* weights, con
 
 // The same for weights of at most 24: a pair of products is at most 6,096, so four pairs fit 16 bits.
 template <int NT>
-inline __attribute__((always_inline)) void add_small_block(const uint8_t* weights, const uint8_t* const* row, int64_t at,
-                                                           __m256i acc[NT][2]) {
+inline __attribute__((always_inline)) void add_small_block(const uint8_t* weights, const uint8_t* const* row,
+                                                           int64_t at, __m256i acc[NT][2]) {
   const __m256i ones = _mm256_set1_epi16(1);
   for (int half = 0; half < 2; ++half) {
     __m256i words[NT][2];
@@ -176,8 +177,10 @@ void panel_tile(const uint8_t* panel, int64_t num_blocks, const uint8_t* x, int6
     const int64_t at = b / kGroupBlocks * kGroupBytes + b % kGroupBlocks * 16;
     __m256i acc[NT][2];
     for (int t = 0; t < NT; ++t) acc[t][0] = acc[t][1] = _mm256_set1_epi32(dword(row[t] + start_at + b * 4));
-    if (kSmall) add_small_block<NT>(panel + b * kPanelBlockBytes, row, at, acc);
-    else add_block<NT>(panel + b * kPanelBlockBytes, row, at, acc);
+    if (kSmall)
+      add_small_block<NT>(panel + b * kPanelBlockBytes, row, at, acc);
+    else
+      add_block<NT>(panel + b * kPanelBlockBytes, row, at, acc);
     for (int h = 0; h < 2; ++h) {
       const __m256 ws = expand_bf16(scales + b * kPanelRows + h * 8);
       for (int t = 0; t < NT; ++t) {
@@ -206,8 +209,10 @@ void panel_product(const uint8_t* panels, int num_panels, int64_t num_blocks, in
   for (int p = 0; p < num_panels; ++p) {
     const uint8_t* panel = panels + p * panel_bytes(num_blocks);
     float* out = tile + p * kPanelRows;
-    if (offset == kMxfp4Offset) panel_tiles<true>(panel, num_blocks, x, row_bytes, token, num_tokens, out);
-    else panel_tiles<false>(panel, num_blocks, x, row_bytes, token, num_tokens, out);
+    if (offset == kMxfp4Offset)
+      panel_tiles<true>(panel, num_blocks, x, row_bytes, token, num_tokens, out);
+    else
+      panel_tiles<false>(panel, num_blocks, x, row_bytes, token, num_tokens, out);
   }
 }
 

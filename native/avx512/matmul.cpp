@@ -1,5 +1,6 @@
 // What surrounds the products, AVX-512 with VNNI and BF16. What each function does: matmul.h.
 #include "matmul.h"
+
 #include "avx512/matmul_bits.h"
 
 namespace harmonium {
@@ -90,7 +91,8 @@ uint64_t read_all(const uint8_t* data, int64_t size_bytes) {
     c = _mm512_xor_si512(c, _mm512_loadu_si512(data + i + 128));
     d = _mm512_xor_si512(d, _mm512_loadu_si512(data + i + 192));
   }
-  return static_cast<uint64_t>(_mm512_reduce_or_epi64(_mm512_xor_si512(_mm512_xor_si512(a, b), _mm512_xor_si512(c, d))));
+  return static_cast<uint64_t>(
+      _mm512_reduce_or_epi64(_mm512_xor_si512(_mm512_xor_si512(a, b), _mm512_xor_si512(c, d))));
 }
 
 }  // namespace

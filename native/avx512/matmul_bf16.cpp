@@ -1,6 +1,6 @@
 // Products with bf16 activations, AVX-512 with VNNI and BF16. What each function does: matmul.h.
-#include "matmul.h"
 #include "avx512/matmul_bits.h"
+#include "matmul.h"
 
 namespace harmonium {
 
@@ -12,8 +12,8 @@ void round_row(const float* x, int64_t num_inputs, uint16_t* row) {
     const __m512i bits = _mm512_castps_si512(_mm512_loadu_ps(x + i));
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    const __mmask16 nan = _mm512_cmpgt_epu32_mask(_mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)),
-                                                  _mm512_set1_epi32(0x7f800000));
+    const __mmask16 nan =
+        _mm512_cmpgt_epu32_mask(_mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)), _mm512_set1_epi32(0x7f800000));
     up = _mm512_mask_or_epi32(up, nan, bits, _mm512_set1_epi32(0x400000));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + i), _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16)));
   }
@@ -49,7 +49,8 @@ void mxfp4_to_bf16(const uint8_t* blocks, const uint8_t* scales, int num_rows, i
       continue;
     }
     const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(blocks + b * 16)));
-    const __m512i index = _mm512_or_si512(_mm512_and_si512(byte, low), _mm512_and_si512(_mm512_slli_epi32(byte, 12), high));
+    const __m512i index =
+        _mm512_or_si512(_mm512_and_si512(byte, low), _mm512_and_si512(_mm512_slli_epi32(byte, 12), high));
     const __m512i value = _mm512_permutexvar_epi16(index, table);
     const __mmask32 is_not_zero = _mm512_test_epi16_mask(value, magnitude);
     const __m512i power = _mm512_set1_epi16(static_cast<short>((e - 127) * 128));
@@ -83,15 +84,18 @@ template <int NR>
 void bf16_tokens(const uint16_t* weight, int64_t num_inputs, const uint8_t* x, int64_t row_bytes, const int32_t* token,
                  int num_tokens, float* tile) {
   int t = 0;
-  for (; t + 4 <= num_tokens; t += 4) bf16_rows<4, NR>(weight, num_inputs, x, row_bytes, token + t, tile + t * kTileRows);
+  for (; t + 4 <= num_tokens; t += 4)
+    bf16_rows<4, NR>(weight, num_inputs, x, row_bytes, token + t, tile + t * kTileRows);
   for (; t < num_tokens; ++t) bf16_rows<1, NR>(weight, num_inputs, x, row_bytes, token + t, tile + t * kTileRows);
 }
 
 void bf16_product(const uint16_t* weight, int num_rows, int64_t num_inputs, const uint8_t* x, int64_t row_bytes,
                   const int32_t* token, int num_tokens, float* tile) {
   int r = 0;
-  for (; r + 4 <= num_rows; r += 4) bf16_tokens<4>(weight + r * num_inputs, num_inputs, x, row_bytes, token, num_tokens, tile + r);
-  for (; r < num_rows; ++r) bf16_tokens<1>(weight + r * num_inputs, num_inputs, x, row_bytes, token, num_tokens, tile + r);
+  for (; r + 4 <= num_rows; r += 4)
+    bf16_tokens<4>(weight + r * num_inputs, num_inputs, x, row_bytes, token, num_tokens, tile + r);
+  for (; r < num_rows; ++r)
+    bf16_tokens<1>(weight + r * num_inputs, num_inputs, x, row_bytes, token, num_tokens, tile + r);
 }
 
 template <int NT>
@@ -129,8 +133,10 @@ void bf16_columns(const uint16_t* weight, int64_t num_inputs, const uint8_t* x, 
 void bf16_column_product(const uint16_t* weight, int64_t num_inputs, const uint8_t* x, int64_t row_bytes,
                          const int32_t* token, int num_tokens, float* tile) {
   int t = 0;
-  for (; t + 8 <= num_tokens; t += 8) bf16_columns<8>(weight, num_inputs, x, row_bytes, token + t, tile + t * kTileRows);
-  for (; t + 2 <= num_tokens; t += 2) bf16_columns<2>(weight, num_inputs, x, row_bytes, token + t, tile + t * kTileRows);
+  for (; t + 8 <= num_tokens; t += 8)
+    bf16_columns<8>(weight, num_inputs, x, row_bytes, token + t, tile + t * kTileRows);
+  for (; t + 2 <= num_tokens; t += 2)
+    bf16_columns<2>(weight, num_inputs, x, row_bytes, token + t, tile + t * kTileRows);
   if (t < num_tokens) bf16_columns<1>(weight, num_inputs, x, row_bytes, token + t, tile + t * kTileRows);
 }
 

@@ -38,7 +38,9 @@ inline int32_t dword(const uint8_t* p) {
   return value;
 }
 
-inline __m512 expand_bf16(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
+inline __m512 expand_bf16(__m256i bits) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
 
 // Positions of the even (odd) of 32 elements in two registers.
 inline __m512i even_index() { return _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0); }

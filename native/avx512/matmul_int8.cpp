@@ -1,6 +1,6 @@
 // Products with int8 activations, AVX-512 with VNNI and BF16. What each function does: matmul.h.
-#include "matmul.h"
 #include "avx512/matmul_bits.h"
+#include "matmul.h"
 
 namespace harmonium {
 
@@ -10,8 +10,10 @@ void quantize_row(const float* x, int64_t num_inputs, int offset, float factor, 
   const int64_t num_blocks = num_inputs / kBlock;
   if (num_blocks % kGroupBlocks != 0) {
     memset(row + num_blocks / kGroupBlocks * kGroupBytes, 0, kGroupBytes);
-    memset(row + scale_offset(num_blocks) + num_blocks * 4, 0, (num_groups(num_blocks) * kGroupBlocks - num_blocks) * 4);
-    memset(row + start_offset(num_blocks) + num_blocks * 4, 0, (num_groups(num_blocks) * kGroupBlocks - num_blocks) * 4);
+    memset(row + scale_offset(num_blocks) + num_blocks * 4, 0,
+           (num_groups(num_blocks) * kGroupBlocks - num_blocks) * 4);
+    memset(row + start_offset(num_blocks) + num_blocks * 4, 0,
+           (num_groups(num_blocks) * kGroupBlocks - num_blocks) * 4);
   }
   auto* scale = reinterpret_cast<float*>(row + scale_offset(num_blocks));
   auto* start = reinterpret_cast<int32_t*>(row + start_offset(num_blocks));
@@ -62,10 +64,12 @@ void quantize_panel(const uint16_t* weight, int num_rows, int64_t num_inputs, ui
       const __m512 scale = _mm512_set1_ps(most == 0 ? 1.0f : from_bits(up << 16));
       const __m512i offset = _mm512_set1_epi32(kInt8Offset);
       alignas(32) uint32_t q[8];
-      _mm_store_si128(reinterpret_cast<__m128i*>(q), _mm512_cvtepi32_epi8(_mm512_add_epi32(
-          offset, _mm512_cvtps_epi32(_mm512_div_ps(_mm512_castsi512_ps(even), scale)))));
-      _mm_store_si128(reinterpret_cast<__m128i*>(q + 4), _mm512_cvtepi32_epi8(_mm512_add_epi32(
-          offset, _mm512_cvtps_epi32(_mm512_div_ps(_mm512_castsi512_ps(odd), scale)))));
+      _mm_store_si128(reinterpret_cast<__m128i*>(q),
+                      _mm512_cvtepi32_epi8(_mm512_add_epi32(
+                          offset, _mm512_cvtps_epi32(_mm512_div_ps(_mm512_castsi512_ps(even), scale)))));
+      _mm_store_si128(reinterpret_cast<__m128i*>(q + 4),
+                      _mm512_cvtepi32_epi8(_mm512_add_epi32(
+                          offset, _mm512_cvtps_epi32(_mm512_div_ps(_mm512_castsi512_ps(odd), scale)))));
       uint8_t* out = panel + b * kPanelBlockBytes + r * 4;
       for (int part = 0; part < 8; ++part) memcpy(out + part * 64, q + part, 4);
     }
@@ -115,7 +119,8 @@ inline __attribute__((always_inline)) __m512 scale_of(__m512i v, int i) {
 }
 
 // Not inlined: on a short panel GCC would see prefetches past the end of its copy and warn.
-__attribute__((noinline)) void mxfp4_to_panel(const uint8_t* blocks, const uint8_t* scales, int64_t num_blocks, uint8_t* panel) {
+__attribute__((noinline)) void mxfp4_to_panel(const uint8_t* blocks, const uint8_t* scales, int64_t num_blocks,
+                                              uint8_t* panel) {
   const __m512i table = mxfp4_table(), nibble = _mm512_set1_epi8(15);
   auto* out = reinterpret_cast<uint16_t*>(panel + num_blocks * kPanelBlockBytes);
   for (int64_t chunk = 0; chunk < num_blocks; chunk += 16) {
@@ -140,7 +145,8 @@ __attribute__((noinline)) void mxfp4_to_panel(const uint8_t* blocks, const uint8
 }
 
 // A panel with rows missing: the last one of a weight. Rows that are not there are zeros.
-void mxfp4_to_short_panel(const uint8_t* blocks, const uint8_t* scales, int num_rows, int64_t num_blocks, uint8_t* panel) {
+void mxfp4_to_short_panel(const uint8_t* blocks, const uint8_t* scales, int num_rows, int64_t num_blocks,
+                          uint8_t* panel) {
   for (int64_t b = 0; b < num_blocks; ++b) {
     alignas(64) uint8_t copy[kPanelRows * 16] = {};
     alignas(64) uint8_t e[kPanelRows] = {};
@@ -160,8 +166,10 @@ void mxfp4_to_panels(const uint8_t* blocks, const uint8_t* scales, int num_rows,
     const int64_t first = p * kPanelRows * num_blocks;
     const int rows = num_rows - p * kPanelRows;
     uint8_t* panel = panels + p * panel_bytes(num_blocks);
-    if (rows >= kPanelRows) mxfp4_to_panel(blocks + first * 16, scales + first, num_blocks, panel);
-    else mxfp4_to_short_panel(blocks + first * 16, scales + first, rows < 0 ? 0 : rows, num_blocks, panel);
+    if (rows >= kPanelRows)
+      mxfp4_to_panel(blocks + first * 16, scales + first, num_blocks, panel);
+    else
+      mxfp4_to_short_panel(blocks + first * 16, scales + first, rows < 0 ? 0 : rows, num_blocks, panel);
   }
 }
 
@@ -212,7 +220,8 @@ template <int NP>
 void panel_tiles(const uint8_t* panels, int64_t num_blocks, const uint8_t* x, int64_t row_bytes, const int32_t* token,
                  int num_tokens, float* tile) {
   int t = 0;
-  for (; t + 4 <= num_tokens; t += 4) panel_tile<4, NP>(panels, num_blocks, x, row_bytes, token + t, tile + t * kTileRows);
+  for (; t + 4 <= num_tokens; t += 4)
+    panel_tile<4, NP>(panels, num_blocks, x, row_bytes, token + t, tile + t * kTileRows);
   if (num_tokens - t == 3) panel_tile<3, NP>(panels, num_blocks, x, row_bytes, token + t, tile + t * kTileRows);
   if (num_tokens - t == 2) panel_tile<2, NP>(panels, num_blocks, x, row_bytes, token + t, tile + t * kTileRows);
   if (num_tokens - t == 1) panel_tile<1, NP>(panels, num_blocks, x, row_bytes, token + t, tile + t * kTileRows);
@@ -220,14 +229,16 @@ void panel_tiles(const uint8_t* panels, int64_t num_blocks, const uint8_t* x, in
 
 void panel_product(const uint8_t* panels, int num_panels, int64_t num_blocks, int, const uint8_t* x, int64_t row_bytes,
                    const int32_t* token, int num_tokens, float* tile) {
-  if (num_panels == 2) panel_tiles<2>(panels, num_blocks, x, row_bytes, token, num_tokens, tile);
-  else panel_tiles<1>(panels, num_blocks, x, row_bytes, token, num_tokens, tile);
+  if (num_panels == 2)
+    panel_tiles<2>(panels, num_blocks, x, row_bytes, token, num_tokens, tile);
+  else
+    panel_tiles<1>(panels, num_blocks, x, row_bytes, token, num_tokens, tile);
 }
 
 // 16 rows by NT tokens without a panel: weights are decoded in registers and used for all tokens at once.
 template <int NT>
-void mxfp4_sixteen(const uint8_t* blocks, const uint8_t* scales, int64_t num_blocks, const uint8_t* x, int64_t row_bytes,
-                   const int32_t* token, float* tile) {
+void mxfp4_sixteen(const uint8_t* blocks, const uint8_t* scales, int64_t num_blocks, const uint8_t* x,
+                   int64_t row_bytes, const int32_t* token, float* tile) {
   const __m512i table = mxfp4_table(), nibble = _mm512_set1_epi8(15);
   const int64_t scale_at = scale_offset(num_blocks), start_at = start_offset(num_blocks), stride = num_blocks * 16;
   const uint8_t* row[NT];
@@ -269,14 +280,30 @@ void mxfp4_sixteen_rows(const uint8_t* blocks, const uint8_t* scales, int64_t nu
                         int64_t row_bytes, const int32_t* token, int num_tokens, float* tile) {
   for (int t = 0; t < num_tokens; t += 8, token += 8, tile += 8 * kTileRows) {
     switch (num_tokens - t) {
-      case 1: mxfp4_sixteen<1>(blocks, scales, num_blocks, x, row_bytes, token, tile); break;
-      case 2: mxfp4_sixteen<2>(blocks, scales, num_blocks, x, row_bytes, token, tile); break;
-      case 3: mxfp4_sixteen<3>(blocks, scales, num_blocks, x, row_bytes, token, tile); break;
-      case 4: mxfp4_sixteen<4>(blocks, scales, num_blocks, x, row_bytes, token, tile); break;
-      case 5: mxfp4_sixteen<5>(blocks, scales, num_blocks, x, row_bytes, token, tile); break;
-      case 6: mxfp4_sixteen<6>(blocks, scales, num_blocks, x, row_bytes, token, tile); break;
-      case 7: mxfp4_sixteen<7>(blocks, scales, num_blocks, x, row_bytes, token, tile); break;
-      default: mxfp4_sixteen<8>(blocks, scales, num_blocks, x, row_bytes, token, tile); break;
+      case 1:
+        mxfp4_sixteen<1>(blocks, scales, num_blocks, x, row_bytes, token, tile);
+        break;
+      case 2:
+        mxfp4_sixteen<2>(blocks, scales, num_blocks, x, row_bytes, token, tile);
+        break;
+      case 3:
+        mxfp4_sixteen<3>(blocks, scales, num_blocks, x, row_bytes, token, tile);
+        break;
+      case 4:
+        mxfp4_sixteen<4>(blocks, scales, num_blocks, x, row_bytes, token, tile);
+        break;
+      case 5:
+        mxfp4_sixteen<5>(blocks, scales, num_blocks, x, row_bytes, token, tile);
+        break;
+      case 6:
+        mxfp4_sixteen<6>(blocks, scales, num_blocks, x, row_bytes, token, tile);
+        break;
+      case 7:
+        mxfp4_sixteen<7>(blocks, scales, num_blocks, x, row_bytes, token, tile);
+        break;
+      default:
+        mxfp4_sixteen<8>(blocks, scales, num_blocks, x, row_bytes, token, tile);
+        break;
     }
   }
 }
@@ -382,10 +409,12 @@ void mxfp4_product(const uint8_t* blocks, const uint8_t* scales, int num_rows, i
   }
   // Four rows, then all tokens: the rows (6 kB) stay in L1, so memory is read once.
   for (; r + 4 <= num_rows; r += 4) {
-    mxfp4_tokens<4>(blocks + r * num_blocks * 16, scales + r * num_blocks, num_blocks, x, row_bytes, token, num_tokens, tile + r);
+    mxfp4_tokens<4>(blocks + r * num_blocks * 16, scales + r * num_blocks, num_blocks, x, row_bytes, token, num_tokens,
+                    tile + r);
   }
   for (; r < num_rows; ++r) {
-    mxfp4_tokens<1>(blocks + r * num_blocks * 16, scales + r * num_blocks, num_blocks, x, row_bytes, token, num_tokens, tile + r);
+    mxfp4_tokens<1>(blocks + r * num_blocks * 16, scales + r * num_blocks, num_blocks, x, row_bytes, token, num_tokens,
+                    tile + r);
   }
 }
 

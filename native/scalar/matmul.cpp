@@ -1,5 +1,6 @@
 // What surrounds the products, in plain C++. What each function does: matmul.h.
 #include "matmul.h"
+
 #include "scalar/matmul_bits.h"
 
 namespace harmonium {

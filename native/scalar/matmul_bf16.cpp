@@ -9,8 +9,10 @@ namespace {
 void round_row(const float* x, int64_t num_inputs, uint16_t* row) {
   for (int64_t i = 0; i < num_inputs; ++i) {
     const uint32_t bits = to_bits(x[i]);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) row[i] = static_cast<uint16_t>((bits >> 16) | 0x40);
-    else row[i] = static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+    if ((bits & 0x7fffffffu) > 0x7f800000u)
+      row[i] = static_cast<uint16_t>((bits >> 16) | 0x40);
+    else
+      row[i] = static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
   }
 }
 
