@@ -105,6 +105,7 @@ void bind_sampling(nb::module_& m) {
            nb::arg("num_top"), nb::arg("prompt_ids").noconvert().none(), nb::arg("answer_ids").noconvert().none(),
            nb::arg("answer_counts").noconvert().none(), nb::arg("bias_ids").noconvert().none(),
            nb::arg("bias").noconvert().none(), nb::arg("allowed").noconvert().none());
+  m.def("sampling_thread_bytes", &sampling_thread_bytes, nb::arg("vocabulary"));
   m.def("sample", &sample, nb::arg("logits").noconvert(), nb::arg("rows"), nb::arg("status").noconvert(),
         nb::arg("token_id").noconvert(), nb::arg("logprob").noconvert(), nb::arg("top_id").noconvert(),
         nb::arg("top_logprob").noconvert());

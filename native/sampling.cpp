@@ -60,6 +60,16 @@ struct Row {
   int thread;
 };
 
+std::int64_t round_up(std::int64_t value, std::int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+// The three pieces of scratch: block maxima and sums; the adjusted logits and a bit a token; id, logit and exp of each
+// candidate.
+std::int64_t num_blocks_of(std::int64_t vocabulary) { return (vocabulary + kSampleBlock - 1) / kSampleBlock; }
+std::int64_t blocks_bytes(std::int64_t vocabulary) { return num_blocks_of(vocabulary) * 12; }
+std::int64_t logits_bytes(std::int64_t vocabulary) { return round_up(vocabulary * 4, 64); }
+std::int64_t adjusted_bytes(std::int64_t vocabulary) { return logits_bytes(vocabulary) + round_up(vocabulary, 64) / 8; }
+std::int64_t candidate_bytes(std::int64_t vocabulary) { return round_up(vocabulary, 16) * 12; }
+
 bool find_max(Row& row) {
   const bool has_nan = row.fn.block_max(row.x, row.vocabulary, row.block_max);
   row.max = *std::max_element(row.block_max, row.block_max + row.num_blocks);
@@ -107,15 +117,13 @@ bool needs_adjusting(const SampleRow& spec) {
 // Copy the logits to scratch of this thread and apply mask, penalties and bias to the copy. nullptr: no memory.
 float* adjusted_logits(const Row& row) {
   const SampleRow& spec = row.spec;
-  const std::int64_t seen_words = (row.vocabulary + 63) / 64;
-  const std::int64_t x_bytes = (row.vocabulary * 4 + 63) / 64 * 64;
-  auto* x = static_cast<float*>(thread_scratch(row.thread, kSlotAdjusted, x_bytes + seen_words * 8));
+  auto* x = static_cast<float*>(thread_scratch(row.thread, kSlotAdjusted, adjusted_bytes(row.vocabulary)));
   if (!x) return nullptr;
   std::memcpy(x, row.x, row.vocabulary * sizeof(float));
   if (spec.allowed) apply_mask(x, row.vocabulary, spec.allowed);
   if (spec.repetition_penalty != 1) {
-    auto* seen = reinterpret_cast<std::uint64_t*>(reinterpret_cast<char*>(x) + x_bytes);
-    std::memset(seen, 0, seen_words * 8);
+    auto* seen = reinterpret_cast<std::uint64_t*>(reinterpret_cast<char*>(x) + logits_bytes(row.vocabulary));
+    std::memset(seen, 0, round_up(row.vocabulary, 64) / 8);
     apply_repetition(x, spec, seen);
   }
   for (std::int64_t i = 0; i < spec.num_answer_ids; ++i) {
@@ -129,7 +137,7 @@ float* adjusted_logits(const Row& row) {
 
 // The limit of a softmax with infinite logits: those share the probability evenly, all others have none.
 bool flatten_infinite(Row& row) {
-  auto* x = static_cast<float*>(thread_scratch(row.thread, kSlotAdjusted, row.vocabulary * sizeof(float)));
+  auto* x = static_cast<float*>(thread_scratch(row.thread, kSlotAdjusted, adjusted_bytes(row.vocabulary)));
   if (!x) return false;
   for (std::int64_t i = 0; i < row.vocabulary; ++i) x[i] = row.x[i] == kInfinity ? 0.0f : -kInfinity;
   row.x = x;
@@ -158,8 +166,8 @@ double exp_total(const Row& row, float inverse_temperature) {
 }
 
 bool allocate(const Row& row, Candidates& found) {
-  const std::int64_t words = (row.vocabulary + 15) / 16 * 16;
-  auto* memory = static_cast<char*>(thread_scratch(row.thread, kSlotCandidates, words * 12));
+  const std::int64_t words = round_up(row.vocabulary, 16);
+  auto* memory = static_cast<char*>(thread_scratch(row.thread, kSlotCandidates, candidate_bytes(row.vocabulary)));
   if (!memory) return false;
   found.id = reinterpret_cast<std::int32_t*>(memory);
   found.x = reinterpret_cast<float*>(memory + words * 4);
@@ -385,14 +393,18 @@ SampleStatus report(const Row& row, const SampleOut& out) {
 
 }  // namespace
 
+std::int64_t sampling_thread_bytes(std::int64_t vocabulary) {
+  return blocks_bytes(vocabulary) + adjusted_bytes(vocabulary) + candidate_bytes(vocabulary);
+}
+
 void sample_row(const float* logits, std::int64_t vocabulary, const SampleRow& spec, int max_top, int thread,
                 const SampleOut& out) {
   *out.token_id = -1;
   *out.logprob = kNaN;
   std::fill(out.top_id, out.top_id + max_top, -1);
   std::fill(out.top_logprob, out.top_logprob + max_top, kNaN);
-  const std::int64_t num_blocks = (vocabulary + kSampleBlock - 1) / kSampleBlock;
-  auto* sums = static_cast<double*>(thread_scratch(thread, kSlotBlocks, num_blocks * 12));
+  const std::int64_t num_blocks = num_blocks_of(vocabulary);
+  auto* sums = static_cast<double*>(thread_scratch(thread, kSlotBlocks, blocks_bytes(vocabulary)));
   if (!sums) {
     *out.status = SampleStatus::out_of_memory;
     return;

@@ -57,6 +57,9 @@ struct SampleOut {
   float* top_logprob;     // [max_top], NaN past the last
 };
 
+// Scratch that a thread keeps once it has sampled a row with every setting in use.
+std::int64_t sampling_thread_bytes(std::int64_t vocabulary);
+
 // Sample one row in the calling thread; `thread` names its scratch.
 void sample_row(const float* logits, std::int64_t vocabulary, const SampleRow& row, int max_top, int thread,
                 const SampleOut& out);

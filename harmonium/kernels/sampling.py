@@ -87,6 +87,11 @@ def sample(logits_RV: npt.NDArray[np.float32], rows: Sequence[tuple[int, DrawSet
     return draws
 
 
+def sampling_scratch_bytes(vocabulary_size: int, threads: int) -> int:
+    """Bytes that sampling keeps between calls, once each thread has sampled a row with all settings."""
+    return threads * int(_native.sampling_thread_bytes(vocabulary_size))
+
+
 def _native_row(row: int, settings: DrawSettings) -> object:
     return _native.SampleRow(
         row,

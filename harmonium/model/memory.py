@@ -10,6 +10,7 @@ from harmonium.checkpoint.model_config import LayerKind, ModelConfig
 from harmonium.config import CACHE_BLOCK_TOKENS, EngineConfig, Weights
 from harmonium.errors import ConfigError, MemoryPlanError
 from harmonium.kernels import attention_scratch_bytes, matmul_scratch_bytes
+from harmonium.kernels.sampling import sampling_scratch_bytes
 
 AUTO_CONTEXT_TOKENS = 8192
 """Longest context that is chosen unasked: 0.2 GB of cache for a 20b."""
@@ -156,7 +157,7 @@ def kernel_scratch_bytes(
         context_length,
         threads,
     )
-    return matmul + attention
+    return matmul + attention + sampling_scratch_bytes(config.vocabulary_size, threads)
 
 
 @dataclass(frozen=True, slots=True)

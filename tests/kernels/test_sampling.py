@@ -9,7 +9,7 @@ import pytest
 
 from harmonium.kernels import reference_sampling as reference
 from harmonium.kernels import runtime
-from harmonium.kernels.sampling import Draw, DrawSettings, sample
+from harmonium.kernels.sampling import Draw, DrawSettings, sample, sampling_scratch_bytes
 
 VOCABULARY = 201_088
 Row = npt.NDArray[np.float32]
@@ -234,6 +234,13 @@ def test_logits_are_not_changed() -> None:
     before = x_V.copy()
     draw(x_V, bias_ids=np.array([1], np.int32), bias=np.array([9], np.float32), top_p=0.5, num_top=4)
     np.testing.assert_array_equal(x_V, before)
+
+
+def test_scratch_is_what_a_row_with_every_setting_takes(isa: str) -> None:
+    runtime.configure(isa, threads=2)
+    per_thread = sampling_scratch_bytes(VOCABULARY, 1)
+    assert 16 * VOCABULARY < per_thread < 17 * VOCABULARY
+    assert sampling_scratch_bytes(VOCABULARY, 3) == 3 * per_thread
 
 
 def test_rows_are_independent_and_any_number_of_threads_draws_the_same(isa: str) -> None:
