@@ -76,8 +76,6 @@ class PagedCache:
         self.full = BlockPool(num_full_blocks, self._forget_node)
         self.windowed = BlockPool(num_window_blocks, self._forget_window)
         self.index = PrefixIndex()
-        self.num_hits = 0
-        self.num_hit_tokens = 0
         self._reuses = prefix_cache
         width = -(-max_tokens // block_tokens)
         self.full_block_SB = np.full((max_sequences, width), ABSENT, np.int32)
@@ -142,8 +140,6 @@ class PagedCache:
         for i in range(lease.window_start, n):
             self.windowed.share(nodes[i].window_block)
             self.window_block_SB[lease.row, i] = nodes[i].window_block
-        self.num_hits += 1
-        self.num_hit_tokens += lease.num_computed
 
     def _first_visible(self, position: int) -> int:
         """The first block that a window query at this position, or a later one, can see."""

@@ -49,6 +49,8 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
+        self.num_prefix_hits = 0
+        self.num_cached_tokens = 0
         # Each running sequence that decodes needs a token of every step.
         self._max_running = min(max_sequences, max_batch_tokens)
         self._max_batch_tokens = max_batch_tokens
@@ -136,6 +138,8 @@ class Scheduler:
             self.cache.close(lease)
             return None, True
         sequence.lease = lease
+        self.num_prefix_hits += lease.num_computed > 0
+        self.num_cached_tokens += lease.num_computed
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = lease.num_computed
         self.running.append(self.waiting.popleft())

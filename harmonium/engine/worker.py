@@ -247,8 +247,9 @@ class Worker:
             self._arrived.clear()
             self._aborted.clear()
             defect = self._defect
-        for sequence in [*self._scheduler.running, *self._scheduler.waiting]:
-            self._scheduler.remove(sequence)
+        if defect is None:  # else the books may be wrong, and nobody will take a block again
+            for sequence in [*self._scheduler.running, *self._scheduler.waiting]:
+                self._scheduler.remove(sequence)
         reason: FinishReason = "aborted" if defect is None else "error"
         error = None if defect is None else _describe(defect)
         self._send([(s, TokenEvent((), reason, s.num_cached_tokens or 0, error)) for s in left])
@@ -267,8 +268,8 @@ class Worker:
             num_steps=self._num_steps,
             num_prefill_tokens=self._num_prefill_tokens,
             num_answer_tokens=self._num_answer_tokens,
-            num_cached_tokens=cache.num_hit_tokens,
-            num_prefix_hits=cache.num_hits,
+            num_cached_tokens=scheduler.num_cached_tokens,
+            num_prefix_hits=scheduler.num_prefix_hits,
             num_preemptions=scheduler.num_preemptions,
             finished=dict(+self._finished),
         )

@@ -199,6 +199,36 @@ def test_chat_whose_reasoning_is_dropped_resumes_near_the_first_difference() -> 
     asyncio.run(run())
 
 
+def test_long_chat_stays_resumable_while_others_are_served() -> None:
+    """FAULTS B86 at its size, with the pools that a 20b model's memory plan gives for 16 sequences."""
+    engine = make_engine(
+        FakeRunner(128),
+        context_length=24576,
+        num_full_blocks=2 * 768,
+        num_window_blocks=226,
+        max_sequences=16,
+    )
+
+    async def run() -> None:
+        prompt, parts_at = prompt_of(20_000), 0
+        for turn in range(3):
+            events = await collect(engine, greedy(prompt, 200))
+            assert events[-1].num_cached_tokens >= parts_at - 32
+            tokens = [t.token_id for e in events for t in e.tokens]
+            # A tool's answer follows at once, and the reasoning before it is kept.
+            kept = [*prompt, *tokens, *prompt_of(50, turn)]
+            events = await collect(engine, greedy(kept, 5))
+            assert events[-1].num_cached_tokens >= len(prompt) + len(tokens) - 33
+            parts_at = len(prompt)
+            prompt = [*prompt, *tokens[-80:], *prompt_of(60, turn + 5)]
+            await asyncio.gather(
+                *(collect(engine, greedy(prompt_of(1500, 10 * turn + i), 20)) for i in range(6))
+            )
+        await engine.close()
+
+    asyncio.run(run())
+
+
 def test_two_prompts_that_part_make_the_third_resume_where_they_did() -> None:
     """A shared system prompt whose window blocks are gone is kept resumable once it was seen to be shared."""
     engine = make_engine(
