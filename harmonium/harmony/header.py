@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from harmonium.harmony.messages import CHANNELS, ROLES
+from harmonium.harmony.messages import CHANNELS, CONSTRAIN_NAME, ROLES
 from harmonium.harmony.vocabulary import CHANNEL, CONSTRAIN, RETURN, Vocabulary
 
 
@@ -117,7 +117,7 @@ class HeaderReader:
         elif marker == CONSTRAIN:
             match = re.match(r"\s*([A-Za-z_]*)\s*", text)
             assert match is not None, "the pattern matches everywhere"
-            header.content_type = f"<|constrain|>{match[1]}"
+            header.content_type = f"{CONSTRAIN_NAME}{match[1]}"
             header.body = text[match.end() :]
         else:
             self._read_open_role(header, text)
@@ -170,7 +170,11 @@ class HeaderReader:
         elif marker == CHANNEL:
             words = self._read_channel(header, words)
         elif words:
-            header.content_type = f"<|constrain|>{words[0]}"
+            if header.content_type is not None:
+                header.problems.append(
+                    Problem("header_text", header.content_type.removeprefix(CONSTRAIN_NAME))
+                )
+            header.content_type = f"{CONSTRAIN_NAME}{words[0]}"
             words = words[1:]
         for index, word in enumerate(words):
             is_type = index == len(words) - 1 and (marker is not None or header.recipient is not None)
@@ -196,6 +200,10 @@ class HeaderReader:
     def _read_channel(self, header: Header, words: list[str]) -> list[str]:
         name = words[0] if words else ""
         known = next((channel for channel in CHANNELS if name.lower().startswith(channel)), None)
+        if known is None and header.recipient is None and self._is_tool(name):
+            header.problems.append(Problem("bare_recipient", ""))
+            header.recipient = name
+            return words[1:]
         if known is None or known != name:
             header.problems.append(Problem("unknown_channel", name))
         if header.channel is not None:

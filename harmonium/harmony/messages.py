@@ -20,7 +20,8 @@ CHANNELS = ("analysis", "commentary", "final")
 
 DEFAULT_IDENTITY = "You are ChatGPT, a large language model trained by OpenAI."
 DEFAULT_KNOWLEDGE_CUTOFF = "2024-06"
-CONSTRAINED_JSON = "<|constrain|>json"
+CONSTRAIN_NAME = "<|constrain|>"
+CONSTRAINED_JSON = f"{CONSTRAIN_NAME}json"
 """The content type of a function call's arguments: the special token, then the word."""
 
 

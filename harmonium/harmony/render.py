@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Sequence
 
 from harmonium.errors import HarmonyError
-from harmonium.harmony.messages import CHANNELS, Conversation, Message, Tool, ToolNamespace
+from harmonium.harmony.messages import CHANNELS, CONSTRAIN_NAME, Conversation, Message, Tool, ToolNamespace
 from harmonium.harmony.typescript import comment_lines, typescript
 from harmonium.harmony.vocabulary import (
     CALL,
@@ -25,8 +25,6 @@ from harmonium.harmony.vocabulary import (
     VOCABULARY_SIZE,
     vocabulary,
 )
-
-_CONSTRAIN_NAME = "<|constrain|>"
 
 
 def render_prompt(conversation: Conversation) -> list[int]:
@@ -132,8 +130,8 @@ def _content_type(content_type: str | None) -> list[int]:
     encode = vocabulary().encode
     if not content_type:
         return []
-    if content_type.startswith(_CONSTRAIN_NAME):
-        return [*encode(" "), CONSTRAIN, *encode(content_type.removeprefix(_CONSTRAIN_NAME))]
+    if content_type.startswith(CONSTRAIN_NAME):
+        return [*encode(" "), CONSTRAIN, *encode(content_type.removeprefix(CONSTRAIN_NAME))]
     return encode(f" {content_type}")
 
 

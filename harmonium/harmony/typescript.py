@@ -100,7 +100,8 @@ class _Writer:
         if isinstance(kind, list):
             kinds = [name for name in kind if isinstance(name, str)]
             if kinds:
-                return _joined((self._named(name, schema, indent, depth, True) for name in kinds), " | ")
+                types = [self._named(name, schema, indent, depth, True) for name in kinds]
+                return types[0] if len(types) == 1 else _Type(" | ".join(part.text for part in types), True)
         if isinstance(kind, str):
             return self._named(kind, schema, indent, depth, False)
         if any(key in schema for key in ("properties", "additionalProperties", "patternProperties")):
@@ -192,7 +193,7 @@ class _Writer:
             return _Type("Array<any>")
         if _is_string_enum(items):
             # As the Harmony library writes it, and so as the model was shown it, though it lacks parentheses.
-            return _Type(f"{self._type(items, indent, depth + 1).text}[]", True)
+            return _Type(f"{self._type(items, indent, depth + 1).text}[]")
         written = self._one_line_union(items, indent, depth)
         return _Type(f"{_grouped(written)}[]")
 
@@ -207,11 +208,11 @@ class _Writer:
         if not isinstance(properties, Mapping):
             properties = {}
         others = self._other_properties(schema, indent, depth)
-        if others and not properties:
-            return _Type(f"{{ [key: string]: {others} }}")
         required = {name for name in _list(schema, "required") if isinstance(name, str)}
         description = schema.get("description")
         out = [self._comment(description, indent)] if isinstance(description, str) else []
+        if others and not properties:
+            return _Type("".join([*out, f"{{ [key: string]: {others} }}"]))
         out.append("{\n")
         for key, value in properties.items():
             name = f"{self._key(str(key))}{'' if key in required else '?'}"
@@ -383,9 +384,7 @@ def _resolve(root: object, ref: str) -> tuple[bool, object]:
 
 
 def _json(value: object) -> str:
-    """JSON in one line as Rust's serde writes it: exponents without `+` or leading zeros, long integers as
-    floats.
-    """
+    """JSON in one line, numbers as Rust's serde writes them (integers beyond 64 bits become floats)."""
     if isinstance(value, bool) or value is None or isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)
     if isinstance(value, int) and -(1 << 63) <= value < 1 << 64:
@@ -406,7 +405,10 @@ def _float(value: int | float) -> str:
         number = math.inf
     if not math.isfinite(number):
         raise HarmonyError("the JSON schema holds a number that JSON cannot write")
-    return re.sub(r"e([+-]?)0*(\d)", lambda match: f"e{match[1].replace('+', '')}{match[2]}", repr(number))
+    if 1e-5 <= abs(number) < 1e-4:  # where Python's repr has an exponent already and serde not yet
+        digits, _, exponent = repr(abs(number)).partition("e-")
+        return f"{'-' if number < 0 else ''}0.{'0' * (int(exponent) - 1)}{digits.replace('.', '')}"
+    return re.sub(r"e([+-])0+", r"e\1", repr(number))
 
 
 def _check_json_depth(value: object) -> None:
