@@ -94,6 +94,8 @@ class HeaderReader:
     def read(self) -> Header:
         """The header as it stands when <|message|> comes."""
         header = Header()
+        if self._texts()[0][1][:1].isspace() and not self._has_role:
+            header.problems.append(Problem("broken_role", ""))
         for marker, text in self._texts():
             self._read_segment(header, marker, _words(text))
         if header.channel is None and not any(code == "unknown_channel" for code, _ in header.problems):
@@ -117,7 +119,8 @@ class HeaderReader:
         elif marker == CONSTRAIN:
             match = re.match(r"\s*([A-Za-z_]*)\s*", text)
             assert match is not None, "the pattern matches everywhere"
-            header.content_type = f"{CONSTRAIN_NAME}{match[1]}"
+            if match[1]:
+                _take_type(header, f"{CONSTRAIN_NAME}{match[1]}")
             header.body = text[match.end() :]
         else:
             self._read_open_role(header, text)
@@ -145,7 +148,7 @@ class HeaderReader:
             return text.lstrip()
         self._read_word(header, f"to={match[1]}", may_be_type=False)
         if match[2]:
-            header.content_type = match[2]
+            _take_type(header, match[2])
         return text[match.end() :].lstrip()
 
     def _read_open_role(self, header: Header, text: str) -> None:
@@ -162,6 +165,9 @@ class HeaderReader:
             if match[1] != "assistant":
                 header.problems.append(Problem("broken_role", match[1]))
             text = text[match.end() :]
+        if _ROLE.match(text.strip()):
+            header.problems.append(Problem("broken_role", text))
+            return
         header.body = self._read_recipient(header, text)
 
     def _read_segment(self, header: Header, marker: int | None, words: list[str]) -> None:
@@ -170,12 +176,10 @@ class HeaderReader:
         elif marker == CHANNEL:
             words = self._read_channel(header, words)
         elif words:
-            if header.content_type is not None:
-                header.problems.append(
-                    Problem("header_text", header.content_type.removeprefix(CONSTRAIN_NAME))
-                )
-            header.content_type = f"{CONSTRAIN_NAME}{words[0]}"
+            _take_type(header, f"{CONSTRAIN_NAME}{words[0]}")
             words = words[1:]
+        else:
+            header.problems.append(Problem("missing_type", ""))
         for index, word in enumerate(words):
             is_type = index == len(words) - 1 and (marker is not None or header.recipient is not None)
             self._read_word(header, word, is_type)
@@ -220,7 +224,7 @@ class HeaderReader:
             header.problems.append(Problem("bare_recipient", ""))
             header.recipient = word
         elif may_be_type and header.content_type is None and _TYPE_WORD.match(word):
-            header.content_type = word
+            _take_type(header, word)
         else:
             header.problems.append(Problem("header_text", word))
 
@@ -234,6 +238,13 @@ class HeaderReader:
 
     def _is_tool(self, word: str) -> bool:
         return (word.startswith("functions.") and len(word) > 10) or word in self._tool_names
+
+
+def _take_type(header: Header, content_type: str) -> None:
+    """The last content type counts; an earlier one is a problem."""
+    if header.content_type is not None:
+        header.problems.append(Problem("header_text", header.content_type.removeprefix(CONSTRAIN_NAME)))
+    header.content_type = content_type
 
 
 def _words(text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Write harmony_renders.json: what the Harmony library (oss-harmony) renders for tests/harmony/conversations.py.
+"""Write harmony_renders.json: the Harmony library's renders of tests/harmony/conversations.py.
 
     PYTHONPATH=. python tests/golden/make_harmony_renders.py
 

@@ -1,7 +1,10 @@
-"""Conversations whose renders are compared with the Harmony library's, and their translation for that library."""
+"""Conversations whose renders are compared with the Harmony library's, and their translation for that
+library.
+"""
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -55,14 +58,26 @@ TEXTS = [
 SCHEMAS: list[dict[str, Any]] = [
     {"type": "object", "properties": {}},
     {"type": "object", "description": "params object", "properties": {"a": {"type": "integer"}}},
-    {"type": "object", "properties": {"l": {"type": "array", "items": {"type": "string"}}}, "required": ["l"]},
-    {"type": "object", "properties": {"m": {"type": "array", "items": {"type": "array", "items": {"type": "number"}}}}},
+    {
+        "type": "object",
+        "properties": {"l": {"type": "array", "items": {"type": "string"}}},
+        "required": ["l"],
+    },
+    {
+        "type": "object",
+        "properties": {"m": {"type": "array", "items": {"type": "array", "items": {"type": "number"}}}},
+    },
     {"type": "object", "properties": {"u": {"type": ["integer", "string", "null"], "default": -1}}},
     {"type": "object", "properties": {"n": {"type": "string", "nullable": True, "default": "the default"}}},
     {
         "type": "object",
         "properties": {
-            "s": {"type": "string", "title": "STRING", "description": "A string", "examples": ["hello", "world"]},
+            "s": {
+                "type": "string",
+                "title": "STRING",
+                "description": "A string",
+                "examples": ["hello", "world"],
+            },
             "o": {
                 "description": "a oneof",
                 "default": 20,
@@ -79,14 +94,19 @@ SCHEMAS: list[dict[str, Any]] = [
             "deep": {
                 "type": "object",
                 "description": "outer",
-                "properties": {"inner": {"type": "object", "properties": {"x": {"type": "boolean", "default": False}}}},
+                "properties": {
+                    "inner": {"type": "object", "properties": {"x": {"type": "boolean", "default": False}}}
+                },
                 "required": ["inner"],
             }
         },
     },
     {"type": "object", "properties": {"e": {"type": "string", "enum": [EVIL, "é"], "description": EVIL}}},
-    {"type": "object", "properties": {"c": {"type": "array", "items": {"type": "string", "enum": ["a", "b"]}}}},
-]  # fmt: skip
+    {
+        "type": "object",
+        "properties": {"c": {"type": "array", "items": {"type": "string", "enum": ["a", "b"]}}},
+    },
+]
 
 
 def user(text: str) -> Message:
@@ -158,7 +178,9 @@ def tool_cases() -> dict[str, Conversation]:
         "browser and functions": Conversation(hello, builtin_tools=(BROWSER,), tools=(WEATHER,)),
         "browser used": Conversation((*hello, analysis("go"), *search), builtin_tools=(BROWSER,)),
         "python used": Conversation((*hello, analysis("go"), *run, *search), builtin_tools=(BROWSER, PYTHON)),
-        "own namespace": Conversation(hello, builtin_tools=(ToolNamespace("db", "A\nbase.", (Tool("q", "Asks."),)),)),
+        "own namespace": Conversation(
+            hello, builtin_tools=(ToolNamespace("db", "A\nbase.", (Tool("q", "Asks."),)),)
+        ),
         "functions": Conversation(hello, **weather),
         "functions without instructions": Conversation(hello, tools=(WEATHER,)),
         "evil names": Conversation(hello, tools=(Tool(EVIL, EVIL, {"type": "object", "properties": {}}),)),
@@ -166,11 +188,19 @@ def tool_cases() -> dict[str, Conversation]:
         "loop before its result": Conversation(loop, **weather),
         "preamble": Conversation((*hello, analysis("a"), preamble("I look."), *loop[2:]), **weather),
         "two calls": Conversation(
-            (*loop, result("get_current_weather", "4"), analysis("more"), call("get_location", "", None),
-             result("get_location", "Oslo")), **weather
+            (
+                *loop,
+                result("get_current_weather", "4"),
+                analysis("more"),
+                call("get_location", "", None),
+                result("get_location", "Oslo"),
+            ),
+            **weather,
         ),
-        "loop then final": Conversation((*loop, result("get_current_weather", "4"), final("4 C"), user("ok")), **weather),
-    }  # fmt: skip
+        "loop then final": Conversation(
+            (*loop, result("get_current_weather", "4"), final("4 C"), user("ok")), **weather
+        ),
+    }
 
 
 def turn_cases() -> dict[str, Conversation]:
@@ -179,9 +209,13 @@ def turn_cases() -> dict[str, Conversation]:
         "empty": Conversation(),
         "final dropped reasoning": Conversation((*first, user("two"))),
         "ends in a final": Conversation(first),
-        "two turns without reasoning": Conversation((user("a"), final("b"), user("c"), final("d"), user("e"))),
+        "two turns without reasoning": Conversation(
+            (user("a"), final("b"), user("c"), final("d"), user("e"))
+        ),
         "reasoning alone": Conversation((user("a"), analysis("b"))),
-        "developer later": Conversation((*first, Message("developer", "# Instructions\n\nNow in French."), user("two"))),
+        "developer later": Conversation(
+            (*first, Message("developer", "# Instructions\n\nNow in French."), user("two"))
+        ),
         "named user": Conversation((Message("user", "hi", name="bo"),)),
         "user to all": Conversation((Message("user", "hi", recipient="all"),)),
         "no channel": Conversation((user("a"), Message("assistant", "b"), user("c"))),
@@ -194,12 +228,20 @@ def turn_cases() -> dict[str, Conversation]:
             current_date="2026-11-25",
             model_identity=DEFAULT_IDENTITY,
         ),
-    }  # fmt: skip
+    }
+
+
+@lru_cache(maxsize=1)
+def load_encoding(oss: Any) -> Any:
+    """The library's encoding; it takes a third of a second to load."""
+    return oss.load_harmony_encoding("HarmonyGptOss")
 
 
 def library_ids(oss: Any, conversation: Conversation, own_order: bool = False) -> list[int]:
-    """The Harmony library's render for completion; recipients put where the format document has them unless own_order."""
-    encoding = oss.load_harmony_encoding("HarmonyGptOss")
+    """The Harmony library's render for completion; recipients where the format document has them, or
+    own_order.
+    """
+    encoding = load_encoding(oss)
     messages = [oss.Message.from_role_and_content(oss.Role.SYSTEM, _system(oss, conversation))]
     if conversation.instructions or conversation.tools:
         messages.append(oss.Message.from_role_and_content(oss.Role.DEVELOPER, _developer(oss, conversation)))

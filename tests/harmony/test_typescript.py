@@ -12,6 +12,7 @@ import pytest
 from harmonium.errors import HarmonyError
 from harmonium.harmony import Conversation, Tool, developer_text, render_prompt, typescript
 from harmonium.harmony.typescript import MAX_DEPTH, MAX_JSON_DEPTH
+from tests.harmony.conversations import load_encoding
 
 Schema = dict[str, Any]
 
@@ -42,7 +43,12 @@ WHEN: Schema = {
         ({"type": "string", "anyOf": [{"format": "date"}, {"format": "time"}]}, "string"),
         ({"allOf": [{"type": "string"}]}, "string"),
         (
-            {"allOf": [{"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]}, {"type": "string"}]},
+            {
+                "allOf": [
+                    {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]},
+                    {"type": "string"},
+                ]
+            },
             "{\na: 1,\n} & string",
         ),
         ({"allOf": [{"anyOf": [{"const": 1}, {"const": 2}]}, {"type": "number"}]}, "(1 | 2) & number"),
@@ -55,15 +61,29 @@ WHEN: Schema = {
             "{\na?: string,\n}",
         ),
         ({"type": "object", "additionalProperties": {"type": "string"}}, "{ [key: string]: string }"),
-        ({"additionalProperties": {"type": "array", "items": WHEN}}, '{ [key: string]: (5 | 10 | "today" | null)[] }'),
+        (
+            {"additionalProperties": {"type": "array", "items": WHEN}},
+            '{ [key: string]: (5 | 10 | "today" | null)[] }',
+        ),
         (
             {"type": "object", "properties": {"a": {}}, "additionalProperties": {"type": "number"}},
             "{\na?: any,\n[key: string]: number,\n}",
         ),
-        ({"patternProperties": {"^x": {"type": "number"}, "^y": {"type": "string"}}}, "{ [key: string]: number | string }"),
-        ({"type": "array", "items": {"type": "array", "items": {"anyOf": [{"type": "string"}, {"type": "number"}]}}},
-         "(string | number)[][]"),
-        ({"type": "array", "items": {"oneOf": [{"type": "string"}, {"type": "number"}]}}, "(string | number)[]"),
+        (
+            {"patternProperties": {"^x": {"type": "number"}, "^y": {"type": "string"}}},
+            "{ [key: string]: number | string }",
+        ),
+        (
+            {
+                "type": "array",
+                "items": {"type": "array", "items": {"anyOf": [{"type": "string"}, {"type": "number"}]}},
+            },
+            "(string | number)[][]",
+        ),
+        (
+            {"type": "array", "items": {"oneOf": [{"type": "string"}, {"type": "number"}]}},
+            "(string | number)[]",
+        ),
         ({"type": "array", "items": {"type": ["string", "number"]}}, "(string | number)[]"),
         ({"type": "array", "items": {"type": "string", "nullable": True}}, "(string | null)[]"),
         ({"type": "array", "items": {"enum": [1, 2]}}, "(1 | 2)[]"),
@@ -80,9 +100,12 @@ WHEN: Schema = {
         ({"$ref": "#/$defs/a%20b", "$defs": {"a b": {"const": 1}}}, "1"),
         ({"$ref": "#/$defs/missing"}, "any"),
         ({"$ref": "https://example.com/schema"}, "any"),
-        ({"$ref": "#/$defs/A", "$defs": {"A": {"$ref": "#/$defs/B"}, "B": {"$ref": "#/$defs/A"}}}, "// type A\nA"),
+        (
+            {"$ref": "#/$defs/A", "$defs": {"A": {"$ref": "#/$defs/B"}, "B": {"$ref": "#/$defs/A"}}},
+            "// type A\nA",
+        ),
     ],
-)  # fmt: skip
+)
 def test_schema_that_the_library_gives_up_on_becomes_a_type(schema: Schema, expected: str) -> None:
     assert typescript(schema) == expected
 
@@ -145,13 +168,10 @@ def test_line_ends_cannot_leave_a_comment_or_a_string() -> None:
 def nested(depth: int, wrap: str) -> object:
     schema: object = {"type": "string"}
     for _ in range(depth):
-        schema = (
-            {"properties": {"a": schema}}
-            if wrap == "object"
-            else {wrap: [schema]}
-            if wrap != "items"
-            else {wrap: schema}
-        )
+        if wrap == "object":
+            schema = {"properties": {"a": schema}}
+        else:
+            schema = {wrap: schema if wrap == "items" else [schema]}
     return schema
 
 
@@ -260,7 +280,7 @@ def library_object(rng: random.Random, depth: int) -> Schema:
 
 def test_random_schemas_match_the_library() -> None:
     oss = pytest.importorskip("openai_harmony", reason="the Harmony library (test extra) is the oracle")
-    encoding = oss.load_harmony_encoding("HarmonyGptOss")
+    encoding = load_encoding(oss)
     rng = random.Random(20)
     for _ in range(2000):
         schema = library_object(rng, 4)
@@ -275,32 +295,20 @@ def test_random_schemas_match_the_library() -> None:
 
 
 def json_value(rng: random.Random, depth: int) -> object:
-    keywords = ["type", "properties", "items", "anyOf", "oneOf", "allOf", "$ref", "enum", "const", "default", "required",
-                "nullable", "title", "description", "examples", "additionalProperties", "prefixItems", "$defs", "a"]  # fmt: skip
-    values = [
-        None,
-        True,
-        False,
-        0,
-        -1,
-        1.5,
-        "",
-        "string",
-        "object",
-        "array",
-        "null",
-        "#",
-        "#/",
-        "#/$defs/a",
-        "#/a/0",
-        "x",
-    ]
+    keywords = (
+        "type properties items anyOf oneOf allOf $ref enum const default required nullable title description"
+    )
+    more = "examples additionalProperties patternProperties prefixItems $defs a"
+    texts = ["", "string", "object", "array", "null", "#", "#/", "#/$defs/a", "#/a/0", "x"]
+    values = [None, True, False, 0, -1, 1.5, *texts]
     pick = rng.random()
     if depth == 0 or pick < 0.3:
         return rng.choice(values)
     if pick < 0.5:
         return [json_value(rng, depth - 1) for _ in range(rng.randint(0, 3))]
-    return {rng.choice(keywords): json_value(rng, depth - 1) for _ in range(rng.randint(0, 5))}
+    return {
+        rng.choice(f"{keywords} {more}".split()): json_value(rng, depth - 1) for _ in range(rng.randint(0, 5))
+    }
 
 
 def test_any_json_value_renders() -> None:
