@@ -97,7 +97,7 @@ class HeaderReader:
         if self._texts()[0][1][:1].isspace() and not self._has_role:
             header.problems.append(Problem("broken_role", ""))
         for marker, text in self._texts():
-            self._read_segment(header, marker, _words(text))
+            self._read_segment(header, marker, _words(header, text))
         if header.channel is None and not any(code == "unknown_channel" for code, _ in header.problems):
             header.problems.append(Problem("missing_channel", ""))
         return header
@@ -112,7 +112,7 @@ class HeaderReader:
         header.problems.append(Problem("missing_message", ""))
         texts = self._texts()
         for marker, text in texts[:-1]:
-            self._read_segment(header, marker, _words(text))
+            self._read_segment(header, marker, _words(header, text))
         marker, text = texts[-1]
         if marker == CHANNEL:
             self._read_open_channel(header, text, closed_by)
@@ -157,17 +157,14 @@ class HeaderReader:
             header.role = "nobody"
             header.problems.append(Problem("stray_text", text))
             return
-        if not self._has_role:
-            match = re.match(r"\s*((?:assistant)+)(?![^\W_])\s*", text)
-            if match is None:
-                self._read_segment(header, None, _words(text))
-                return
-            if match[1] != "assistant":
-                header.problems.append(Problem("broken_role", match[1]))
-            text = text[match.end() :]
-        if _ROLE.match(text.strip()):
-            header.problems.append(Problem("broken_role", text))
+        role = re.match(r"((?:assistant)+)(?![^\W_])\s*", text)
+        if role is None and not self._has_role:
+            self._read_segment(header, None, _words(header, text))
             return
+        if role is not None:
+            if self._has_role or role[1] != "assistant":
+                header.problems.append(Problem("broken_role", role[1]))
+            text = text[role.end() :]
         header.body = self._read_recipient(header, text)
 
     def _read_segment(self, header: Header, marker: int | None, words: list[str]) -> None:
@@ -247,10 +244,12 @@ def _take_type(header: Header, content_type: str) -> None:
     header.content_type = content_type
 
 
-def _words(text: str) -> list[str]:
-    """Words between blanks; `commentaryto=f` counts as two."""
+def _words(header: Header, text: str) -> list[str]:
+    """Words between blanks; `commentaryto=f` counts as two, and as a problem."""
     words: list[str] = []
     for word in text.split():
         glued = _GLUED.match(word)
+        if glued is not None:
+            header.problems.append(Problem("glued_recipient", ""))
         words += glued.groups() if glued else [word]
     return words

@@ -40,8 +40,17 @@ def check_tokenizer_json(path: Path) -> None:
         tokenizer = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON: {error}") from None
+    check_tokenizer(path, tokenizer)
+
+
+def check_tokenizer(path: Path, tokenizer: object) -> None:
+    """The same for a file that has been read: `tokenizer` is its JSON, `path` names it in errors."""
     model = tokenizer.get("model") if isinstance(tokenizer, dict) else None
-    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
+    if (
+        not isinstance(tokenizer, dict)
+        or not isinstance(model, dict)
+        or not isinstance(model.get("vocab"), dict)
+    ):
         raise CheckpointError(f"{path}: model.vocab is missing; expected a table of tokens and ids")
     ours = vocabulary()
     _check_vocabulary(path, model["vocab"], ours)

@@ -282,7 +282,7 @@ def check_against_library(count: int, seed: int) -> tuple[int, int, int]:
             assert len(ours) >= len(texts), (
                 "the library loses a header without <|message|> after the first message"
             )
-            if len(ours) == len(texts):
+            if len(ours) == len(texts) and not vocabulary().decode(ids).lstrip().startswith("assistant"):
                 malformed += 1
                 assert all(mine in text for mine, text in zip(ours, texts, strict=True)), vocabulary().decode(
                     ids
