@@ -56,6 +56,18 @@ def token_json(token: Token) -> dict[str, object]:
     }
 
 
+def logprob_table(found: Continuation) -> str:
+    """A line for each token: id, log-probability, text, and the alternatives, best first."""
+    lines = []
+    for token in found.tokens:
+        others = "  ".join(
+            f"{vocabulary().decode([other])!r} {logprob:.3f}" for other, logprob in token.top_logprobs
+        )
+        logprob = "" if token.logprob is None else f"{token.logprob:.3f}"
+        lines.append(f"{token.token_id:>7} {logprob:>8}  {vocabulary().decode([token.token_id])!r}  {others}")
+    return "".join(f"{line.rstrip()}\n" for line in lines)
+
+
 async def generate(
     engine: Engine, prompt: tuple[int, ...], sampling: SamplingParams, out: TextIO | None
 ) -> Continuation:

@@ -181,7 +181,7 @@ class LLM:
         )
         result = self._loop.run(complete_chat(self._engine, request))
         if result.finish_reason == "error":
-            raise EngineError(result.error or "the engine failed")
+            raise result.error or EngineError("the engine failed")
         if result.finish_reason == "aborted":
             raise EngineClosed("the engine was closed before the turn ended")
         return result

@@ -7,6 +7,8 @@ import re
 from contextlib import aclosing
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from harmonium.chat import ChatRequest, complete_chat, stream_chat
 from harmonium.chat_events import (
@@ -20,6 +22,7 @@ from harmonium.chat_events import (
     ResultBuilder,
     ToolArgumentsDelta,
     ToolCallEnded,
+    ToolCallItem,
     ToolCallStarted,
     TurnStarted,
 )
@@ -28,29 +31,15 @@ from harmonium.engine.scripted import Script, ScriptedEngine
 from harmonium.errors import EngineBusy, EngineError, HarmonyError, PromptTooLong, RequestError
 from harmonium.harmony.messages import BROWSER, Conversation, Message, Tool
 from harmonium.harmony.render import render_message, render_prompt
-from harmonium.harmony.vocabulary import CALL, END, RETURN, SPECIAL_TOKENS, START, vocabulary
+from harmonium.harmony.vocabulary import CALL, END, RETURN, START, vocabulary
 from harmonium.model.batch import SamplingParams
+from tests.scripted_chat import FINAL, REASONED, gen
 
-_IDS = {name: token_id for token_id, name in SPECIAL_TOKENS.items()}
-
-FINAL = "<|channel|>final<|message|>{}<|return|>"
-REASONED = (
-    "<|channel|>analysis<|message|>think hard<|end|>"
-    "<|start|>assistant<|channel|>final<|message|>Hi there<|return|>"
-)
 CALL_F = '<|channel|>commentary to=functions.f <|constrain|>json<|message|>{"a": 1}<|call|>'
 PREAMBLE_AND_CALL = (
     "<|channel|>analysis<|message|>look<|end|><|start|>assistant<|channel|>commentary<|message|>I will check."
     f"<|end|><|start|>assistant{CALL_F}"
 )
-
-
-def gen(text: str) -> tuple[int, ...]:
-    """Token ids of model output in which <|...|> stands for the special token."""
-    ids: list[int] = []
-    for part in re.split(r"(<\|[a-z]+\|>)", text):
-        ids += [_IDS[part]] if part in _IDS else vocabulary().encode(part)
-    return tuple(ids)
 
 
 def request(*tools: str, sampling: SamplingParams | None = None, **settings: object) -> ChatRequest:
@@ -336,3 +325,38 @@ def test_result_of_a_stream_that_was_left_holds_what_was_shown() -> None:
     assert [message.channel for message in result.messages] == ["analysis", "final"]
     assert not result.items[-1].is_complete
     assert result.usage.completion_tokens == 3
+
+
+_PIECES = (
+    *("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|constrain|>", "<|call|>", "<|return|>"),
+    *("<|endoftext|>", "assistant", "analysis", "commentary", "final", " to=functions.f", " json", "{}", "é"),
+    *("🧑‍🚀", " words", "\n"),
+)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(pieces=st.lists(st.sampled_from(_PIECES), min_size=1, max_size=24), size=st.integers(1, 9))
+def test_any_output_ends_in_one_finish_and_loses_no_token(pieces: list[str], size: int) -> None:
+    token_ids = gen("".join(pieces))
+    events = asyncio.run(events_of(ScriptedEngine([token_ids], tokens_per_event=size), request("f")))
+    assert [type(event) for event in events].count(Finish) == 1
+    finish = events[-1]
+    assert isinstance(finish, Finish)
+    assert token_ids[: len(finish.token_ids)] == finish.token_ids
+    assert finish.finish_reason in ("stop", "tool_calls", "length")
+    assert finish.usage.completion_tokens == len(finish.token_ids)
+    starts = [event.index for event in events if isinstance(event, (MessageStarted, ToolCallStarted))]
+    ends = [event.index for event in events if isinstance(event, (MessageEnded, ToolCallEnded))]
+    assert starts == ends == list(range(len(starts)))
+    builder = ResultBuilder()
+    for event in events:
+        builder.push(event)
+    result = builder.result()
+    assert result == asyncio.run(complete_chat(ScriptedEngine([token_ids]), request("f")))
+    assert (result.finish_reason == "tool_calls") == (
+        any(call.is_complete and call.is_declared for call in result.tool_calls)
+        and result.finish_reason != "length"
+    )
+    for item in result.items:
+        text = item.text if not isinstance(item, ToolCallItem) else item.arguments
+        assert text == item.message.content

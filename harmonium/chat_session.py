@@ -1,0 +1,172 @@
+"""The state of an interactive chat and its slash commands: no terminal, so that all of it can be tested."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from harmonium.chat import ChatRequest
+from harmonium.chat_events import ChatResult
+from harmonium.errors import ConfigError, HarmonyError
+from harmonium.harmony.chat_history import messages_from_chat
+from harmonium.harmony.messages import Conversation, Message, ReasoningEffort, reasoning_effort
+from harmonium.model.batch import SamplingParams
+from harmonium.options import near
+
+HELP = """\
+/effort low|medium|high   how long the model reasons
+/system TEXT              instructions for the model; without TEXT: show them
+/reasoning                show or fold reasoning (Ctrl-R too)
+/clear                    forget the conversation
+/save FILE                write the conversation as JSON; /save! FILE replaces a file
+/quit                     end (Ctrl-D too)
+Enter sends; Alt-Enter or a backslash at the end of a line starts another line; Ctrl-C stops an answer.
+A blank before the slash sends a text that starts with one."""
+
+COMMANDS = ("/effort", "/system", "/reasoning", "/clear", "/save", "/save!", "/help", "/quit")
+
+
+@dataclass
+class ChatSession:
+    """A conversation that grows. Changed by `record`, `load` and `command` alone.
+
+    messages: the user's and the model's, oldest first; a turn's tokens are replayed as the model wrote them.
+    """
+
+    sampling: SamplingParams
+    current_date: str | None = None
+    instructions: str | None = None
+    effort: ReasoningEffort = "medium"
+    messages: tuple[Message, ...] = ()
+    shows_reasoning: bool = False
+    has_quit: bool = False
+    last_reasoning: str = field(default="", repr=False)
+
+    def request(self, text: str) -> ChatRequest:
+        """The request that asks for an answer to `text`, after everything said so far."""
+        conversation = Conversation(
+            messages=(*self.messages, Message("user", text)),
+            instructions=self.instructions,
+            reasoning_effort=self.effort,
+            current_date=self.current_date,
+        )
+        return ChatRequest(conversation, self.sampling)
+
+    def record(self, text: str, result: ChatResult) -> None:
+        """Remember the user's text and what the model answered, a stopped answer as far as it came."""
+        self.messages = (*self.messages, Message("user", text), *result.messages)
+        self.last_reasoning = result.reasoning
+
+    def command(self, line: str) -> str:
+        """Carry out a line that starts with a slash; what to tell the user. Raises HarmoniumError for a
+        mistake.
+        """
+        name, _, argument = line.partition(" ")
+        argument = argument.strip()
+        match name:
+            case "/help":
+                return HELP
+            case "/quit":
+                self.has_quit = True
+                return ""
+            case "/clear":
+                self.messages, self.last_reasoning = (), ""
+                return "the conversation is forgotten; instructions and effort stay"
+            case "/effort":
+                return self._set_effort(argument)
+            case "/system":
+                return self._set_instructions(argument)
+            case "/reasoning":
+                return self.toggle_reasoning()
+            case "/save" | "/save!":
+                return self._save(argument, may_replace=name == "/save!")
+        raise ConfigError(f"no command {name}{near(name, COMMANDS)} (/help lists them)")
+
+    def toggle_reasoning(self) -> str:
+        """Show reasoning from now on, beginning with that of the last answer, or fold it again."""
+        self.shows_reasoning = not self.shows_reasoning
+        if not self.shows_reasoning:
+            return "reasoning is folded"
+        return self.last_reasoning or "reasoning will be shown"
+
+    def _set_effort(self, argument: str) -> str:
+        if argument:
+            self.effort = reasoning_effort(argument)
+        return f"reasoning effort is {self.effort}"
+
+    def _set_instructions(self, argument: str) -> str:
+        if argument:
+            self.instructions = argument
+        return f"instructions: {self.instructions or 'none'}"
+
+    def _save(self, argument: str, may_replace: bool) -> str:
+        if not argument:
+            raise ConfigError("/save needs a file, such as /save talk.json")
+        path = Path(argument).expanduser()
+        if path.exists() and not may_replace:
+            raise ConfigError(f"{path} exists; /save! {argument} replaces it")
+        write_whole(path, json.dumps(self.to_json(), ensure_ascii=False, indent=2) + "\n")
+        return f"saved to {path}"
+
+    def to_json(self) -> dict[str, object]:
+        """The conversation as the body of a Chat Completions request."""
+        messages = [{"role": "system", "content": self.instructions}] if self.instructions else []
+        return {"reasoning_effort": self.effort, "messages": [*messages, *_chat_messages(self.messages)]}
+
+    def load(
+        self, path: Path, instructions: str | None = None, effort: ReasoningEffort | None = None
+    ) -> None:
+        """Take the conversation of a file that `/save` wrote, or of any Chat Completions body.
+
+        instructions, effort: used instead of the file's, where given.
+        Raises ConfigError when the file cannot be read as one.
+        """
+        try:
+            body = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(body, Mapping) or "messages" not in body:
+                raise ConfigError(f"{path} holds no object with messages, as /save writes it")
+            history = messages_from_chat(body["messages"])
+            loaded_effort = reasoning_effort(body.get("reasoning_effort", self.effort))
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror or error}") from None
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{path} is not JSON: {error}") from None
+        except HarmonyError as error:
+            raise ConfigError(f"{path}: {error}") from None
+        self.messages, self.effort = history.messages, effort or loaded_effort
+        self.instructions = instructions or history.instructions
+
+
+def _chat_messages(messages: tuple[Message, ...]) -> list[dict[str, Any]]:
+    """Harmony messages as chat messages: reasoning, preambles and the final answer of a turn become one
+    message.
+    """
+    chat: list[dict[str, Any]] = []
+    for message in messages:
+        if message.role != "assistant":
+            chat.append({"role": message.role, "content": message.content})
+            continue
+        if not chat or chat[-1]["role"] != "assistant":
+            chat.append({"role": "assistant", "content": ""})
+        name = "reasoning_content" if message.channel == "analysis" else "content"
+        chat[-1][name] = chat[-1].get(name, "") + message.content
+    return chat
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all. Raises ConfigError when it cannot be written."""
+    temporary = None
+    try:
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="replace") as file:
+            file.write(text)
+        Path(temporary).replace(path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise ConfigError(f"{path}: cannot be written ({error.strerror or error})") from None

@@ -1,0 +1,245 @@
+"""The command `harmonium`: parse, build configs, call one function.
+
+A user's mistake (an option, a path, a value) costs one line on stderr and exit code 2; our other errors one
+line and the exit code of their class; Ctrl-C ends with 130 and a closed pipe with 141, both without a word.
+Modules that load NumPy or native code are imported by the commands that need them, so that `--help` answers
+at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import datetime
+import json
+import os
+import sys
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+
+from harmonium.errors import ConfigError, HarmoniumError
+from harmonium.options import DEFAULT_EFFORT, engine_config, parse
+
+if TYPE_CHECKING:
+    from harmonium.chat_session import ChatSession
+    from harmonium.engine.protocol import Engine
+    from harmonium.model.batch import SamplingParams
+
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+
+EFFORTS = ("low", "medium", "high")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code; nothing that a user can do wrong leaves a traceback.
+
+    argv: the words after `harmonium`; None: those of this process.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character shows "?" for it
+    try:
+        arguments = parse(sys.argv[1:] if argv is None else list(argv))
+        code = COMMANDS[arguments.command](arguments)
+        sys.stdout.flush()  # here, where a closed pipe can still be met in peace
+    except SystemExit as request:  # argparse, after --help and --version
+        return request.code if isinstance(request.code, int) else 0
+    except HarmoniumError as error:
+        return complain(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        _discard(sys.stdout)
+        return EXIT_BROKEN_PIPE
+    except (OSError, MemoryError) as error:
+        return complain(_describe(error), 1)
+    return int(code)
+
+
+def complain(message: str, code: int) -> int:
+    """Write one line on stderr, whatever the message holds, and return the code."""
+    try:
+        print(f"harmonium: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        _discard(sys.stderr)
+    return code
+
+
+def _describe(error: OSError | MemoryError) -> str:
+    if isinstance(error, MemoryError):
+        return "out of memory (harmonium inspect shows what a model needs; --context-length takes less)"
+    where = f"{error.filename}: " if error.filename is not None else ""
+    return f"{where}{error.strerror or error}"
+
+
+def _discard(stream: TextIO) -> None:
+    """Point the stream at the null device, so that the interpreter's flush at exit meets no closed pipe."""
+    # A stream without a file descriptor has no pipe either.
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def run_inspect(arguments: argparse.Namespace) -> int:
+    """`harmonium inspect`."""
+    from harmonium.inspect_report import inspect
+    from harmonium.loading import find_model
+
+    report = inspect(find_model(arguments.model), engine_config(arguments))
+    if arguments.json:
+        _print_json(report.to_json())
+    else:
+        print(report.text(), end="")
+    return 0
+
+
+def run_generate(arguments: argparse.Namespace) -> int:
+    """`harmonium generate`."""
+    from harmonium.continuation import generate, logprob_table, read_prompt
+
+    sampling = _sampling(arguments, logprobs=arguments.logprobs)
+    engine = _engine(arguments)
+
+    async def run() -> None:
+        prompt = read_prompt(arguments.prompt, arguments.tokens, engine.info.vocabulary_size)
+        result = await generate(engine, prompt, sampling, None if arguments.json else sys.stdout)
+        if arguments.json:
+            _print_json({"model": engine.info.model_name, **result.to_json()})
+            return
+        print()
+        if arguments.logprobs is not None:
+            print(logprob_table(result), end="")
+
+    _run_and_close(engine, run())
+    return 0
+
+
+def run_chat(arguments: argparse.Namespace) -> int:
+    """`harmonium chat`, with a question or without."""
+    from harmonium.chat_session import ChatSession
+
+    if arguments.json and arguments.question is None:
+        raise ConfigError('--json needs a question, such as: harmonium chat MODEL "question" --json')
+    session = ChatSession(
+        sampling=_sampling(arguments),
+        current_date=datetime.date.today().isoformat(),
+        instructions=arguments.system,
+        effort=arguments.effort or DEFAULT_EFFORT,
+    )
+    if arguments.load is not None:
+        session.load(arguments.load, instructions=arguments.system, effort=arguments.effort)
+    if arguments.question is None:
+        return _converse(arguments, session)
+    return _ask(arguments, session)
+
+
+def _converse(arguments: argparse.Namespace, session: ChatSession) -> int:
+    from harmonium.interactive import Interactive
+    from harmonium.screen import Screen
+
+    session.shows_reasoning = bool(arguments.show_reasoning)
+    Interactive(_engine(arguments), session, Screen(sys.stdout)).run()
+    return 0
+
+
+def _ask(arguments: argparse.Namespace, session: ChatSession) -> int:
+    from harmonium.question import ask, note, result_json
+    from harmonium.screen import Screen
+
+    question = sys.stdin.read() if arguments.question == "-" else arguments.question
+    if not question.strip():
+        raise ConfigError("the question is empty")
+    shows_reasoning = arguments.show_reasoning
+    if shows_reasoning is None:
+        shows_reasoning = sys.stderr.isatty() and not arguments.json
+    engine = _engine(arguments)
+
+    async def run() -> None:
+        result = await ask(
+            engine,
+            session.request(question),
+            content=None if arguments.json else Screen(sys.stdout),
+            reasoning=Screen(sys.stderr) if shows_reasoning else None,
+        )
+        if arguments.json:
+            _print_json(result_json(result, engine.info.model_name))
+        elif (remark := note(result)) is not None:
+            complain(remark, 0)
+
+    _run_and_close(engine, run())
+    return 0
+
+
+def run_bench(arguments: argparse.Namespace) -> int:
+    """`harmonium bench`."""
+    from harmonium.bench import BenchOptions, run_bench
+    from harmonium.bench_report import print_report
+    from harmonium.loading import find_model
+
+    options = BenchOptions(
+        model=find_model(arguments.model),
+        config=engine_config(arguments),
+        prefill=arguments.prefill,
+        decode=arguments.decode,
+        depth=arguments.depth,
+        batch=arguments.batch,
+    )
+    report = run_bench(options, progress=lambda line: print(line, file=sys.stderr, flush=True))
+    if arguments.json:
+        _print_json(report.to_json())
+    else:
+        print_report(report, sys.stdout)
+    return 0
+
+
+COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
+    "inspect": run_inspect,
+    "generate": run_generate,
+    "chat": run_chat,
+    "bench": run_bench,
+}
+
+
+def _sampling(arguments: argparse.Namespace, logprobs: int | None = None) -> SamplingParams:
+    from harmonium.model.batch import SamplingParams
+
+    return SamplingParams(
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        min_p=arguments.min_p,
+        seed=arguments.seed,
+        max_tokens=arguments.max_tokens,
+        logprobs=logprobs,
+    )
+
+
+def _engine(arguments: argparse.Namespace) -> Engine:
+    config = engine_config(arguments)
+    from harmonium.loading import find_model, load_engine
+
+    return load_engine(find_model(arguments.model), config)
+
+
+_Result = TypeVar("_Result")
+
+
+def _run_and_close(engine: Engine, work: Coroutine[Any, Any, _Result]) -> _Result:
+    """Run the work in an event loop of its own; the engine is closed in that loop whatever happens."""
+
+    async def run() -> _Result:
+        try:
+            return await work
+        finally:
+            await engine.close()
+
+    return asyncio.run(run())
+
+
+def _print_json(record: Mapping[str, object]) -> None:
+    print(json.dumps(record, ensure_ascii=False, indent=2))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,231 @@
+"""What the command line accepts: the commands, their options, and how a value is read.
+
+Standard library alone, so that `harmonium --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal, NoReturn
+
+from harmonium import __version__
+from harmonium.config import ISA_NAMES, EngineConfig
+from harmonium.errors import ConfigError
+
+Effort = Literal["low", "medium", "high"]
+EFFORTS: tuple[Effort, ...] = ("low", "medium", "high")
+DEFAULT_EFFORT: Effort = "medium"
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose complaints are our ConfigError, so that one place prints them."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message.removeprefix('argument ')} ({self.prog} --help lists what there is)")
+
+
+def near(word: str, known: Iterable[str]) -> str:
+    """'; did you mean X?' for the nearest known word, or nothing."""
+    matches = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command's arguments, with `command` set to its name.
+
+    Raises ConfigError for anything that no command knows, with the nearest known word.
+    """
+    parser, commands = build_parser()
+    first = next((word for word in argv if not word.startswith("-")), None)
+    if first is not None and first not in commands:
+        raise ConfigError(f"no command {first!r}{near(first, commands)} (there are {', '.join(commands)})")
+    if first is None and not argv:
+        raise ConfigError(f"which command? There are {', '.join(commands)} (harmonium --help says more)")
+    wrong = next((word for word in argv if word not in _options(parser)), None) if first is None else None
+    if wrong is not None:
+        raise ConfigError(f"no option {wrong}{near(wrong, _options(parser))}")
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        options = _options(commands[first]) if first is not None else _options(parser)
+        word = next((word for word in unknown if word.startswith("-") and word != "-"), None)
+        if word is not None:
+            raise ConfigError(f"no option {word}{near(word.split('=')[0], options)}")
+        raise ConfigError(f"one word too many: {unknown[0]!r} (quote a text that has spaces)")
+    return arguments
+
+
+def _options(parser: argparse.ArgumentParser) -> list[str]:
+    return [option for action in parser._actions for option in action.option_strings]
+
+
+def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser and its commands' parsers by name."""
+    parser = _Parser(
+        prog="harmonium",
+        description="Run OpenAI's open-weight gpt-oss models on this machine.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"harmonium {__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    model, sampling = _model_options(), _sampling_options()
+    commands: dict[str, argparse.ArgumentParser] = {}
+
+    def add(name: str, summary: str, *parents: _Parser) -> argparse.ArgumentParser:
+        command = subparsers.add_parser(
+            name, help=summary, description=summary, parents=list(parents), allow_abbrev=False
+        )
+        command.set_defaults(command=name)
+        commands[name] = command
+        return command
+
+    add("inspect", "Say what a checkpoint is and how it would run here.", model).add_argument(
+        "--json", action="store_true", help="print JSON"
+    )
+    _add_generate(add("generate", "Continue a text or a list of token ids.", model, sampling))
+    _add_chat(add("chat", "Talk with the model, or ask it one question.", model, sampling))
+    _add_bench(add("bench", "Measure prefill and decode on this machine.", model))
+    return parser, commands
+
+
+def _model_options() -> _Parser:
+    """What every command takes: the model and how to run it."""
+    parent = _Parser(add_help=False)
+    parent.add_argument(
+        "model", metavar="MODEL", help="a checkpoint folder, or `tiny`: a small random model, made once"
+    )
+    group = parent.add_argument_group("running the model")
+    group.add_argument(
+        "--weights", choices=("int8", "bf16"), default="int8", help="dense weights: int8 is fast, bf16 exact"
+    )
+    group.add_argument(
+        "--threads", type=int, metavar="N", help="default: the cores that this process may use"
+    )
+    group.add_argument("--context-length", type=int, metavar="N", help="most tokens of prompt and answer")
+    group.add_argument(
+        "--isa", choices=ISA_NAMES, help="instruction set; default: the best that this processor has"
+    )
+    group.add_argument(
+        "--max-batch-tokens", type=int, default=512, metavar="N", help="tokens in a step (default 512)"
+    )
+    group.add_argument(
+        "--memory-limit", type=memory_bytes, metavar="SIZE", help="such as 14GiB; default: what is free"
+    )
+    return parent
+
+
+def _sampling_options() -> _Parser:
+    parent = _Parser(add_help=False)
+    group = parent.add_argument_group("choosing tokens")
+    group.add_argument(
+        "--max-tokens", type=int, metavar="N", help="longest answer; default: until the context is full"
+    )
+    group.add_argument("--temperature", type=float, default=1.0, metavar="X", help="0 is greedy (default 1)")
+    group.add_argument(
+        "--top-p", type=float, default=1.0, metavar="X", help="keep the likeliest tokens with this sum"
+    )
+    group.add_argument(
+        "--top-k", type=int, default=0, metavar="N", help="keep the N likeliest tokens (0: all)"
+    )
+    group.add_argument(
+        "--min-p", type=float, default=0.0, metavar="X", help="keep tokens with X times the best's chance"
+    )
+    group.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer")
+    return parent
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="text to continue; - reads stdin")
+    prompt.add_argument("--tokens", metavar="FILE", help="token ids, a JSON list or words; - reads stdin")
+    parser.add_argument(
+        "--logprobs", type=int, metavar="N", help="log-probabilities, with N alternatives (with --json)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("question", nargs="?", metavar="QUESTION", help="ask once and end; - reads stdin")
+    parser.add_argument("--effort", choices=EFFORTS, help="how long to reason (default medium)")
+    parser.add_argument("--system", metavar="TEXT", help="instructions for the model")
+    parser.add_argument(
+        "--load", type=Path, metavar="FILE", help="go on with a conversation that /save wrote"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object (with a question)")
+    parser.add_argument(
+        "--show-reasoning",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="default: show it on a terminal",
+    )
+    parser.add_argument("--hide-reasoning", dest="show_reasoning", action="store_false", default=None)
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prefill", type=counts, default=(512, 2048), metavar="N,N", help="prompt lengths to measure"
+    )
+    parser.add_argument(
+        "--decode", type=positive, default=64, metavar="N", help="tokens to decode (default 64)"
+    )
+    parser.add_argument(
+        "--depth", type=depths, default=(0, 4096), metavar="N,N", help="tokens already in the context"
+    )
+    parser.add_argument(
+        "--batch", type=counts, default=(1, 4, 8, 16), metavar="N,N", help="sequences that share a step"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+_UNITS = {
+    "": 1,
+    "K": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+    "KI": 2**10,
+    "MI": 2**20,
+    "GI": 2**30,
+    "TI": 2**40,
+}
+
+
+def memory_bytes(text: str) -> int:
+    """'14GiB', '14G', '900MB' or plain bytes as bytes. GiB is 2**30, GB and G are 10**9."""
+    number = text.upper().removesuffix("B").rstrip("KMGTI")
+    unit = text.upper().removesuffix("B")[len(number) :]
+    try:
+        return int(float(number) * _UNITS[unit])
+    except (KeyError, ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; expected such as 14GiB or 900MB") from None
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def counts(text: str) -> tuple[int, ...]:
+    """'512,2048' as numbers above 0."""
+    return tuple(positive(word) for word in text.split(","))
+
+
+def depths(text: str) -> tuple[int, ...]:
+    """'0,4096' as numbers from 0."""
+    return tuple(0 if word == "0" else positive(word) for word in text.split(","))
+
+
+def engine_config(arguments: argparse.Namespace) -> EngineConfig:
+    """The settings that the options give; the engine adds the environment's. Raises ConfigError."""
+    return EngineConfig(
+        weights=arguments.weights,
+        context_length=arguments.context_length,
+        max_batch_tokens=arguments.max_batch_tokens,
+        threads=arguments.threads,
+        isa=arguments.isa,
+        memory_limit_bytes=arguments.memory_limit,
+    )
