@@ -19,8 +19,10 @@ from harmonium.engine.scheduler import Scheduler
 from harmonium.engine.sequence import Sequence
 from harmonium.engine.worker import EngineStatistics, Stream, Worker
 from harmonium.errors import ConfigError, EngineClosed, EngineError, PromptTooLong, RequestError
-from harmonium.model.memory import MAX_LOGIT_ROWS
 from harmonium.model.runner import Runner
+
+LOGITS_CHUNK_TOKENS = 16
+"""Tokens of a step whose logits are returned: each row is a float32 for every token of the vocabulary."""
 
 
 class LocalEngine:
@@ -114,7 +116,7 @@ class LocalEngine:
                 f"token_ids has {len(token_ids):,} tokens; the context is {self._info.context_length:,}"
             )
         check_token_ids(token_ids, self._info.vocabulary_size, "token_ids")
-        sequence = Sequence(Request("logits", token_ids), self._info.context_length, MAX_LOGIT_ROWS)
+        sequence = Sequence(Request("logits", token_ids), self._info.context_length, LOGITS_CHUNK_TOKENS)
         async with aclosing(self._events(sequence)) as events:
             async for event in events:
                 if event.finish_reason == "error":

@@ -687,6 +687,15 @@ def test_logits_of_every_position_come_back_while_others_are_served() -> None:
     check_empty(engine)
 
 
+def test_engines_need_no_native_kernels() -> None:
+    program = "import sys, harmonium.engine; print('harmonium._native' in sys.modules)"
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"
+
+
 def test_info_says_what_is_served() -> None:
     engine = make_engine()
     assert isinstance(engine, LocalEngine)
