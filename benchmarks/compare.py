@@ -45,14 +45,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         type=shlex.split,
         default=["-fa", "on", "-lm", "none", "--repack", "1"],
         metavar="ARGS",
-        help="more options for llama-bench, as one word (default: '-fa on -lm none --repack 1')",
+        help="more options for llama-bench, as one word after = (default: '-fa on -lm none --repack 1')",
     )
     parser.add_argument(
         "--server-arguments",
         type=shlex.split,
-        default=["-fa", "on", "-c", "4096"],
+        default=["-fa", "on", "-c", "4096", "--no-warmup"],
         metavar="ARGS",
-        help="more options for llama-server, as one word (default: '-fa on -c 4096')",
+        help="more options for llama-server, as one word after = (default: '-fa on -c 4096 --no-warmup')",
     )
     parser.add_argument("--prefill", type=numbers, default=[512], metavar="N,N", help="prompt lengths")
     parser.add_argument("--decode", type=int, default=64, metavar="N", help="tokens to decode")
@@ -84,6 +84,8 @@ def main(argv: Sequence[str]) -> int:
     except HarmoniumError as error:
         print(f"compare.py: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        return 130
     table = comparisons([ours for ours, _ in rounds], [theirs for _, theirs in rounds])
     if arguments.json:
         print(json.dumps(report(arguments, rounds, table), indent=2))

@@ -84,12 +84,12 @@ def print_report(report: BenchReport, out: TextIO) -> None:
         file=out,
     )
     heads = ("row", "batch", "context", "tokens/s", "low", "high", "limit", "share", "bound by")
-    print("{:<18}{:>6}{:>9}{:>10}{:>9}{:>9}{:>9}{:>7}  {}".format(*heads), file=out)
+    print("{:<18} {:>5} {:>8} {:>9} {:>9} {:>9} {:>9} {:>6}  {}".format(*heads), file=out)
     for row in report.rows:
         name = f"prefill {row.num_tokens:,}" if row.kind == "prefill" else f"decode at {row.depth:,}"
         print(
-            f"{name:<18}{row.batch:>6}{row.context:>9,.0f}{row.tokens_per_second:>10.2f}{row.low:>9.2f}"
-            f"{row.high:>9.2f}{row.limit:>9.2f}{row.share:>7.0%}  {row.bound}",
+            f"{name:<18} {row.batch:>5} {row.context:>8,.0f} {row.tokens_per_second:>9.2f} {row.low:>9.2f} "
+            f"{row.high:>9.2f} {row.limit:>9.2f} {row.share:>6.0%}  {row.bound}",
             file=out,
         )
     if report.num_preemptions:
