@@ -104,7 +104,7 @@ class InspectReport:
                 ("threads", f"{resolved.threads} ({reasons['threads']}: {len(hardware.cores)})"),
                 ("attention", f"{ATTENTION} ({ATTENTION_REASON})"),
                 ("context", f"{memory.context_length:,} tokens"),
-                ("step", f"{config.max_batch_tokens:,} tokens of up to {config.max_sequences:,} sequences"),
+                ("step", f"{config.max_batch_tokens:,} tokens of {config.max_sequences:,} sequences at most"),
             ]
         )
 

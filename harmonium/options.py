@@ -111,6 +111,9 @@ def _model_options() -> _Parser:
         "--max-batch-tokens", type=int, default=512, metavar="N", help="tokens in a step (default 512)"
     )
     group.add_argument(
+        "--max-sequences", type=int, default=1, metavar="N", help="answers at a time (default 1)"
+    )
+    group.add_argument(
         "--memory-limit", type=memory_bytes, metavar="SIZE", help="such as 14GiB; default: what is free"
     )
     return parent
@@ -224,6 +227,7 @@ def engine_config(arguments: argparse.Namespace) -> EngineConfig:
     return EngineConfig(
         weights=arguments.weights,
         context_length=arguments.context_length,
+        max_sequences=arguments.max_sequences,
         max_batch_tokens=arguments.max_batch_tokens,
         threads=arguments.threads,
         isa=arguments.isa,

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 import harmonium
-from harmonium import __version__, cli, loading
+from harmonium import __version__, cli, loading, options
+from harmonium.config import EngineConfig
 from harmonium.engine.protocol import Token
 from harmonium.engine.scripted import Script, ScriptedEngine
 from harmonium.harmony.vocabulary import vocabulary
@@ -360,9 +361,7 @@ def test_inspect_of_what_does_not_fit_shows_the_refused_plan(
     [("14GiB", 14 * 2**30), ("1.5g", 1_500_000_000), ("900MB", 900_000_000), ("123", 123), ("2KiB", 2048)],
 )
 def test_sizes_are_bytes(text: str, expected: int) -> None:
-    from harmonium.options import memory_bytes
-
-    assert memory_bytes(text) == expected
+    assert options.memory_bytes(text) == expected
 
 
 def test_final_without_reasoning_prints_no_blank_line(
@@ -371,3 +370,35 @@ def test_final_without_reasoning_prints_no_blank_line(
     use(monkeypatch, ScriptedEngine([gen(FINAL.format("yes"))]))
     assert cli.main(["chat", "x", "Hello", "--show-reasoning"]) == 0
     assert capsys.readouterr() == ("yes\n", "")
+
+
+def test_generate_runs_a_real_checkpoint_the_same_with_one_thread_and_two(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "ids"
+    file.write_text("1 2 3 4 5", encoding="utf-8")
+    found = []
+    for threads in ("1", "2"):
+        words = ["--tokens", str(file), "--max-tokens", "8", "--temperature", "0", "--threads", threads]
+        assert cli.main(["generate", str(model), *words, "--json", "--logprobs", "1"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0]["token_ids"] == found[1]["token_ids"]
+    assert len(found[0]["token_ids"]) == 8
+    assert found[0]["finish_reason"] == "length"
+    assert all(entry["logprob"] == entry["top_logprobs"][0]["logprob"] for entry in found[0]["logprobs"])
+
+
+def test_settings_of_the_options_reach_the_engine() -> None:
+    words = (
+        "--weights bf16 --threads 3 --context-length 99 --isa scalar --max-batch-tokens 7 --max-sequences 2"
+    )
+    arguments = options.parse(["inspect", "x", *words.split(), "--memory-limit", "1GB"])
+    assert options.engine_config(arguments) == EngineConfig(
+        weights="bf16",
+        threads=3,
+        context_length=99,
+        isa="scalar",
+        max_batch_tokens=7,
+        max_sequences=2,
+        memory_limit_bytes=10**9,
+    )
