@@ -37,9 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     argv: the words after `harmonium`; None: those of this process.
     """
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that lacks a character shows "?" for it
+            # Bytes that are no text are read as U+FFFD; a terminal that lacks a character shows "?" for it.
+            stream.reconfigure(errors="replace")
     try:
         arguments = parse(sys.argv[1:] if argv is None else list(argv))
         code = COMMANDS[arguments.command](arguments)

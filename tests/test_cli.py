@@ -151,6 +151,14 @@ def test_question_dash_reads_stdin(engine: ScriptedEngine, monkeypatch: pytest.M
     assert "from a pipe" in vocabulary().decode(engine.requests[0].token_ids)
 
 
+def test_stdin_that_is_no_text_is_read_with_replacements(
+    engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9?"), encoding="utf-8"))
+    assert cli.main(["chat", "x", "-"]) == 0
+    assert "caf\ufffd?" in vocabulary().decode(engine.requests[0].token_ids)
+
+
 def test_chat_json_holds_the_whole_turn(engine: ScriptedEngine, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["chat", "x", "Hello", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
