@@ -57,11 +57,18 @@ class LLM:
     when max_sequences + max_queue requests are here already; EngineClosed after `close`; EngineError.
     """
 
-    def __init__(self, path: str | os.PathLike[str], **config: Any) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        progress: Callable[[int, int], None] | None = None,
+        **config: Any,
+    ) -> None:
         """Open a checkpoint folder and make an engine for it.
 
         config: fields of EngineConfig, such as weights="bf16", context_length=32768, threads=8; what is not
-        given comes from the environment (HARMONIUM_ISA, HARMONIUM_THREADS), then the defaults.
+        given comes from the environment (HARMONIUM_ISA, HARMONIUM_THREADS), then the defaults. progress:
+        called with (bytes done, bytes in all) from another thread while the weights are loaded.
 
         Raises ConfigError, MemoryPlanError, CheckpointError.
         """
@@ -71,7 +78,7 @@ class LLM:
         folder = Path(path)
 
         async def create() -> Engine:
-            return await asyncio.to_thread(create_engine, folder, settings)
+            return await asyncio.to_thread(create_engine, folder, settings, progress)
 
         self._start(create, settings.max_sequences + min(settings.max_sequences, settings.max_queue))
 

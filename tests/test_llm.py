@@ -194,6 +194,13 @@ def test_closed_model_refuses(tiny: Path) -> None:
         list(opened.stream_tokens([1]))
 
 
+def test_progress_tells_of_the_load(tiny: Path) -> None:
+    told: list[tuple[int, int]] = []
+    with LLM(tiny, context_length=64, threads=1, progress=lambda done, total: told.append((done, total))):
+        assert told and told[-1][0] == told[-1][1] > 0
+        assert told == sorted(told)
+
+
 def test_a_dropped_model_leaves_no_thread(tiny: Path) -> None:
     before = set(threading.enumerate())
     opened = LLM(tiny, context_length=64, threads=1)
