@@ -131,9 +131,9 @@ const float* product(const Weight& weight, std::int64_t expert, std::int64_t fir
   if (!tile) return nullptr;
   const std::int64_t num_blocks = weight.num_inputs / kBlock;
   const std::int64_t row = expert * weight.num_outputs + first;
+  const int num_panels = static_cast<int>(ceil_div(num_rows, kPanelRows));
   if (weight.kind == Weight::Kind::panels) {
     const std::uint8_t* panels = weight.data + first / kPanelRows * panel_bytes(num_blocks);
-    const int num_panels = static_cast<int>(ceil_div(num_rows, kPanelRows));
     int8.panel_product(panels, num_panels, num_blocks, kInt8Offset, x.data, x.row_bytes, token, num_tokens, tile);
     return tile;
   }
@@ -158,7 +158,7 @@ const float* product(const Weight& weight, std::int64_t expert, std::int64_t fir
   } else if (x.kind == Activations::int8) {
     auto* panels = static_cast<std::uint8_t*>(decoded);
     int8.mxfp4_to_panels(blocks, scales, num_rows, num_blocks, panels);
-    int8.panel_product(panels, 2, num_blocks, kMxfp4Offset, x.data, x.row_bytes, token, num_tokens, tile);
+    int8.panel_product(panels, num_panels, num_blocks, kMxfp4Offset, x.data, x.row_bytes, token, num_tokens, tile);
   } else {
     // Four rows at a time: they are still in L1 when the products read them.
     for (int r = 0; r < num_rows; r += 4) {

@@ -42,7 +42,7 @@ static inline std::int64_t panel_bytes(std::int64_t num_blocks) {
 
 // What an instruction set provides: three tables, each filled by a file of its own. A "tile" is float32
 // [num_tokens][kTileRows]; x is activations with a row every row_bytes, token[i] the row that token i of the tile
-// takes. Nothing here allocates, fails or prints.
+// takes. Columns of a tile beyond num_rows hold anything. Nothing here allocates, fails or prints.
 struct Int8Table {
   // From so many tokens on, MXFP4 rows are decoded to panels rather than used as they lie (measured).
   int panel_tokens;
@@ -50,7 +50,7 @@ struct Int8Table {
   void (*quantize_row)(const float* x, std::int64_t num_inputs, int offset, float factor, std::uint8_t* row);
   // bf16 weights [num_rows <= 16][num_inputs] to one panel; missing rows become zeros.
   void (*quantize_panel)(const std::uint16_t* weight, int num_rows, std::int64_t num_inputs, std::uint8_t* panel);
-  // MXFP4 rows (num_rows <= 32) to two panels; missing rows become zeros.
+  // MXFP4 rows (num_rows <= 32) to one or two panels; rows that are missing hold anything finite or not.
   void (*mxfp4_to_panels)(const std::uint8_t* blocks, const std::uint8_t* scales, int num_rows, std::int64_t num_blocks,
                           std::uint8_t* panels);
   // Products with one or two panels whose weights carry `offset`, int8 activations.

@@ -92,18 +92,30 @@ inline __attribute__((always_inline)) void transpose(const __m128i row[16], __m5
   out[3] = _mm512_unpackhi_epi64(c, d);
 }
 
-inline __attribute__((always_inline)) void transpose_block(const uint8_t* block, int64_t stride, __m512i out[4]) {
+// Sixteen rows of a weight, `stride` bytes apart. Of the last rows of a weight there may be fewer: the last one then
+// stands for those that are missing, and what comes of them is never looked at.
+template <bool kWhole>
+inline __attribute__((always_inline)) int64_t row_at(int r, int num_rows, int64_t stride) {
+  return (kWhole || r < num_rows ? r : num_rows - 1) * stride;
+}
+
+template <bool kWhole>
+inline __attribute__((always_inline)) void transpose_block(const uint8_t* block, int num_rows, int64_t stride,
+                                                           __m512i out[4]) {
   __m128i row[16];
-  for (int r = 0; r < 16; ++r) row[r] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(block + r * stride));
+  for (int r = 0; r < 16; ++r) {
+    row[r] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(block + row_at<kWhole>(r, num_rows, stride)));
+  }
   transpose(row, out);
 }
 
-// Scales of `count` blocks (at most 16) of 16 rows: byte i of lane r of register g belongs to block 4g + i of row r.
-inline __attribute__((always_inline)) void transpose_scales(const uint8_t* scales, int64_t stride, int64_t count,
-                                                            __m512i out[4]) {
+// Scales of `count` blocks (at most 16): byte i of lane r of register g belongs to block 4g + i of row r.
+template <bool kWhole>
+inline __attribute__((always_inline)) void transpose_scales(const uint8_t* scales, int num_rows, int64_t stride,
+                                                            int64_t count, __m512i out[4]) {
   const auto mask = static_cast<__mmask16>(count >= 16 ? 0xffff : (1 << count) - 1);
   __m128i row[16];
-  for (int r = 0; r < 16; ++r) row[r] = _mm_maskz_loadu_epi8(mask, scales + r * stride);
+  for (int r = 0; r < 16; ++r) row[r] = _mm_maskz_loadu_epi8(mask, scales + row_at<kWhole>(r, num_rows, stride));
   transpose(row, out);
 }
 
@@ -112,25 +124,33 @@ inline __attribute__((always_inline)) void prefetch_next_rows(const uint8_t* blo
   for (int r = 16; r < 32; ++r) _mm_prefetch(reinterpret_cast<const char*>(block + r * stride), _MM_HINT_T1);
 }
 
+// And their scales, which lie together. Whatever is fetched is a hint: an address past the end of a weight does no
+// harm.
+inline __attribute__((always_inline)) void prefetch_next_scales(const uint8_t* scales, int64_t num_blocks) {
+  for (int64_t i = 0; i < 16 * num_blocks; i += 64) {
+    _mm_prefetch(reinterpret_cast<const char*>(scales + 16 * num_blocks + i), _MM_HINT_T1);
+  }
+}
+
 // Scales of the block whose bytes are byte i of v.
 inline __attribute__((always_inline)) __m512 scale_of(__m512i v, int i) {
   const __m512i exponent = _mm512_rolv_epi32(v, _mm512_set1_epi32((23 - 8 * i) & 31));
   return finish_e8m0(_mm512_and_si512(exponent, _mm512_set1_epi32(0x7f800000)));
 }
 
-// Not inlined: on a short panel GCC would see prefetches past the end of its copy and warn.
-__attribute__((noinline)) void mxfp4_to_panel(const uint8_t* blocks, const uint8_t* scales, int64_t num_blocks,
-                                              uint8_t* panel) {
+template <bool kWhole>
+void mxfp4_to_panel(const uint8_t* blocks, const uint8_t* scales, int num_rows, int64_t num_blocks, uint8_t* panel) {
   const __m512i table = mxfp4_table(), nibble = _mm512_set1_epi8(15);
   auto* out = reinterpret_cast<uint16_t*>(panel + num_blocks * kPanelBlockBytes);
+  if (kWhole) prefetch_next_scales(scales, num_blocks);
   for (int64_t chunk = 0; chunk < num_blocks; chunk += 16) {
     __m512i exponent[4];
-    transpose_scales(scales + chunk, num_blocks, num_blocks - chunk, exponent);
+    transpose_scales<kWhole>(scales + chunk, num_rows, num_blocks, num_blocks - chunk, exponent);
     for (int i = 0; i < 16 && chunk + i < num_blocks; ++i) {
       const int64_t b = chunk + i;
-      if (i % kGroupBlocks == 0) prefetch_next_rows(blocks + b * 16, num_blocks * 16);
+      if (kWhole && i % kGroupBlocks == 0) prefetch_next_rows(blocks + b * 16, num_blocks * 16);
       __m512i v[4];
-      transpose_block(blocks + b * 16, num_blocks * 16, v);
+      transpose_block<kWhole>(blocks + b * 16, num_rows, num_blocks * 16, v);
       uint8_t* w = panel + b * kPanelBlockBytes;
       for (int g = 0; g < 4; ++g) {
         _mm512_storeu_si512(w + g * 64, _mm512_shuffle_epi8(table, _mm512_and_si512(v[g], nibble)));
@@ -144,32 +164,15 @@ __attribute__((noinline)) void mxfp4_to_panel(const uint8_t* blocks, const uint8
   }
 }
 
-// A panel with rows missing: the last one of a weight. Rows that are not there are zeros.
-void mxfp4_to_short_panel(const uint8_t* blocks, const uint8_t* scales, int num_rows, int64_t num_blocks,
-                          uint8_t* panel) {
-  for (int64_t b = 0; b < num_blocks; ++b) {
-    alignas(64) uint8_t copy[kPanelRows * 16] = {};
-    alignas(64) uint8_t e[kPanelRows] = {};
-    for (int r = 0; r < num_rows; ++r) {
-      memcpy(copy + r * 16, blocks + (r * num_blocks + b) * 16, 16);
-      e[r] = scales[r * num_blocks + b];
-    }
-    alignas(64) uint8_t one[kPanelBlockBytes + 64];  // a panel of one block
-    mxfp4_to_panel(copy, e, 1, one);
-    memcpy(panel + b * kPanelBlockBytes, one, kPanelBlockBytes);
-    memcpy(panel + num_blocks * kPanelBlockBytes + b * kPanelRows * 2, one + kPanelBlockBytes, kPanelRows * 2);
-  }
-}
-
 void mxfp4_to_panels(const uint8_t* blocks, const uint8_t* scales, int num_rows, int64_t num_blocks, uint8_t* panels) {
-  for (int p = 0; p < 2; ++p) {
-    const int64_t first = p * kPanelRows * num_blocks;
-    const int rows = num_rows - p * kPanelRows;
-    uint8_t* panel = panels + p * panel_bytes(num_blocks);
-    if (rows >= kPanelRows)
-      mxfp4_to_panel(blocks + first * 16, scales + first, num_blocks, panel);
+  for (; num_rows > 0; num_rows -= kPanelRows) {
+    if (num_rows >= kPanelRows)
+      mxfp4_to_panel<true>(blocks, scales, num_rows, num_blocks, panels);
     else
-      mxfp4_to_short_panel(blocks + first * 16, scales + first, rows < 0 ? 0 : rows, num_blocks, panel);
+      mxfp4_to_panel<false>(blocks, scales, num_rows, num_blocks, panels);
+    blocks += kPanelRows * num_blocks * 16;
+    scales += kPanelRows * num_blocks;
+    panels += panel_bytes(num_blocks);
   }
 }
 
@@ -236,8 +239,8 @@ void panel_product(const uint8_t* panels, int num_panels, int64_t num_blocks, in
 }
 
 // 16 rows by NT tokens without a panel: weights are decoded in registers and used for all tokens at once.
-template <int NT>
-void mxfp4_sixteen(const uint8_t* blocks, const uint8_t* scales, int64_t num_blocks, const uint8_t* x,
+template <int NT, bool kWhole>
+void mxfp4_sixteen(const uint8_t* blocks, const uint8_t* scales, int num_rows, int64_t num_blocks, const uint8_t* x,
                    int64_t row_bytes, const int32_t* token, float* tile) {
   const __m512i table = mxfp4_table(), nibble = _mm512_set1_epi8(15);
   const int64_t scale_at = scale_offset(num_blocks), start_at = start_offset(num_blocks), stride = num_blocks * 16;
@@ -247,14 +250,15 @@ void mxfp4_sixteen(const uint8_t* blocks, const uint8_t* scales, int64_t num_blo
     row[t] = x + token[t] * row_bytes;
     sum[t] = _mm512_setzero_ps();
   }
+  if (kWhole) prefetch_next_scales(scales, num_blocks);
   for (int64_t chunk = 0; chunk < num_blocks; chunk += 16) {
     __m512i exponent[4];
-    transpose_scales(scales + chunk, num_blocks, num_blocks - chunk, exponent);
+    transpose_scales<kWhole>(scales + chunk, num_rows, num_blocks, num_blocks - chunk, exponent);
     for (int i = 0; i < 16 && chunk + i < num_blocks; ++i) {
       const int64_t b = chunk + i, at = b / kGroupBlocks * kGroupBytes + b % kGroupBlocks * 16;
-      if (i % kGroupBlocks == 0) prefetch_next_rows(blocks + b * 16, stride);
+      if (kWhole && i % kGroupBlocks == 0) prefetch_next_rows(blocks + b * 16, stride);
       __m512i v[4], acc[NT];
-      transpose_block(blocks + b * 16, stride, v);
+      transpose_block<kWhole>(blocks + b * 16, num_rows, stride, v);
       for (int t = 0; t < NT; ++t) acc[t] = _mm512_set1_epi32(dword(row[t] + start_at + b * 4));
 #pragma GCC unroll 4
       for (int g = 0; g < 4; ++g) {
@@ -276,145 +280,29 @@ void mxfp4_sixteen(const uint8_t* blocks, const uint8_t* scales, int64_t num_blo
 }
 
 // NT is a template argument so that the sums stay in registers.
-void mxfp4_sixteen_rows(const uint8_t* blocks, const uint8_t* scales, int64_t num_blocks, const uint8_t* x,
-                        int64_t row_bytes, const int32_t* token, int num_tokens, float* tile) {
-  for (int t = 0; t < num_tokens; t += 8, token += 8, tile += 8 * kTileRows) {
-    switch (num_tokens - t) {
-      case 1:
-        mxfp4_sixteen<1>(blocks, scales, num_blocks, x, row_bytes, token, tile);
-        break;
-      case 2:
-        mxfp4_sixteen<2>(blocks, scales, num_blocks, x, row_bytes, token, tile);
-        break;
-      case 3:
-        mxfp4_sixteen<3>(blocks, scales, num_blocks, x, row_bytes, token, tile);
-        break;
-      case 4:
-        mxfp4_sixteen<4>(blocks, scales, num_blocks, x, row_bytes, token, tile);
-        break;
-      case 5:
-        mxfp4_sixteen<5>(blocks, scales, num_blocks, x, row_bytes, token, tile);
-        break;
-      case 6:
-        mxfp4_sixteen<6>(blocks, scales, num_blocks, x, row_bytes, token, tile);
-        break;
-      case 7:
-        mxfp4_sixteen<7>(blocks, scales, num_blocks, x, row_bytes, token, tile);
-        break;
-      default:
-        mxfp4_sixteen<8>(blocks, scales, num_blocks, x, row_bytes, token, tile);
-        break;
-    }
+template <bool kWhole>
+void mxfp4_tokens(const uint8_t* blocks, const uint8_t* scales, int num_rows, int64_t num_blocks, const uint8_t* x,
+                  int64_t row_bytes, const int32_t* token, int num_tokens, float* tile) {
+  using Fn = void (*)(const uint8_t*, const uint8_t*, int, int64_t, const uint8_t*, int64_t, const int32_t*, float*);
+  constexpr Fn by_count[8] = {mxfp4_sixteen<1, kWhole>, mxfp4_sixteen<2, kWhole>, mxfp4_sixteen<3, kWhole>,
+                              mxfp4_sixteen<4, kWhole>, mxfp4_sixteen<5, kWhole>, mxfp4_sixteen<6, kWhole>,
+                              mxfp4_sixteen<7, kWhole>, mxfp4_sixteen<8, kWhole>};
+  for (int t = 0; t < num_tokens; t += 8) {
+    const int count = num_tokens - t < 8 ? num_tokens - t : 8;
+    by_count[count - 1](blocks, scales, num_rows, num_blocks, x, row_bytes, token + t, tile + t * kTileRows);
   }
-}
-
-// NR rows by NT tokens, four blocks of 32 inputs at a time: lane 4i + j of the sums holds block i.
-template <int NT, int NR>
-struct Mxfp4Tile {
-  const uint8_t* blocks;
-  const uint8_t* scales;
-  int64_t num_blocks;
-  const uint8_t* row[NT];
-  int64_t scale_at, start_at;
-  __m512 sum[NT][NR];
-
-  // `count` blocks of group g; the constants are passed so that they stay in registers.
-  template <bool kWhole>
-  inline __attribute__((always_inline)) void add(int64_t g, int count, __m512i table, __m512i nibble, __m512i lane,
-                                                 __m512i byte) {
-    __m512i even[NT], odd[NT], start[NT];
-    __m512 scale[NT];
-    for (int t = 0; t < NT; ++t) {
-      even[t] = _mm512_loadu_si512(row[t] + g * kGroupBytes);
-      odd[t] = _mm512_loadu_si512(row[t] + g * kGroupBytes + 64);
-      const __m128i s = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row[t] + scale_at + g * 16));
-      scale[t] = _mm512_castsi512_ps(_mm512_permutexvar_epi32(lane, _mm512_castsi128_si512(s)));
-      const __m128i n = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row[t] + start_at + g * 16));
-      start[t] = _mm512_maskz_permutexvar_epi32(0x1111, lane, _mm512_castsi128_si512(n));
-    }
-    for (int r = 0; r < NR; ++r) {
-      const uint8_t* w = blocks + (r * num_blocks + g * kGroupBlocks) * 16;
-      const uint8_t* e = scales + r * num_blocks + g * kGroupBlocks;
-      __m512i v;
-      uint32_t four = 0;
-      if (kWhole) {
-        // The same place NR rows on: a whole line of each row, once.
-        _mm_prefetch(reinterpret_cast<const char*>(w + NR * num_blocks * 16), _MM_HINT_T0);
-        v = _mm512_loadu_si512(w);
-        memcpy(&four, e, 4);
-      } else {
-        v = _mm512_maskz_loadu_epi32(static_cast<__mmask16>((1 << count * 4) - 1), w);
-        for (int i = 0; i < count; ++i) four |= static_cast<uint32_t>(e[i]) << i * 8;
-      }
-      const __m512i lo = _mm512_shuffle_epi8(table, _mm512_and_si512(v, nibble));
-      const __m512i hi = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(v, 4), nibble));
-      const __m512i exponent = _mm512_shuffle_epi8(_mm512_set1_epi32(static_cast<int>(four)), byte);
-      const __m512 ws = finish_e8m0(_mm512_slli_epi32(exponent, 7));
-      for (int t = 0; t < NT; ++t) {
-        const __m512i acc = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start[t], lo, even[t]), hi, odd[t]);
-        sum[t][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc), _mm512_mul_ps(ws, scale[t]), sum[t][r]);
-      }
-    }
-  }
-
-  inline __attribute__((always_inline)) void run(float* tile) {
-    const __m512i table = mxfp4_table(), nibble = _mm512_set1_epi8(15);
-    const __m512i lane = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-    // Byte i of a dword to the third byte (so << 7 makes it an exponent) of each dword of 128-bit lane i.
-    const __m512i byte = _mm512_or_si512(_mm512_slli_epi32(lane, 16), _mm512_set1_epi32(static_cast<int>(0x80008080u)));
-    for (int t = 0; t < NT; ++t) {
-      for (int r = 0; r < NR; ++r) sum[t][r] = _mm512_setzero_ps();
-    }
-    const int64_t whole = num_blocks / kGroupBlocks;
-    for (int64_t g = 0; g < whole; ++g) add<true>(g, kGroupBlocks, table, nibble, lane, byte);
-    const int rest = static_cast<int>(num_blocks % kGroupBlocks);
-    if (rest != 0) add<false>(whole, rest, table, nibble, lane, byte);
-    for (int t = 0; t < NT; ++t) {
-      for (int r = 0; r < NR; ++r) tile[t * kTileRows + r] = _mm512_reduce_add_ps(sum[t][r]);
-    }
-  }
-};
-
-template <int NT, int NR>
-void mxfp4_rows(const uint8_t* blocks, const uint8_t* scales, int64_t num_blocks, const uint8_t* x, int64_t row_bytes,
-                const int32_t* token, float* tile) {
-  Mxfp4Tile<NT, NR> work;
-  work.blocks = blocks;
-  work.scales = scales;
-  work.num_blocks = num_blocks;
-  work.scale_at = scale_offset(num_blocks);
-  work.start_at = start_offset(num_blocks);
-  for (int t = 0; t < NT; ++t) work.row[t] = x + token[t] * row_bytes;
-  work.run(tile);
-}
-
-template <int NR>
-void mxfp4_tokens(const uint8_t* blocks, const uint8_t* scales, int64_t num_blocks, const uint8_t* x, int64_t row_bytes,
-                  const int32_t* token, int num_tokens, float* tile) {
-  int t = 0;
-  for (; t + 2 <= num_tokens; t += 2) {
-    mxfp4_rows<2, NR>(blocks, scales, num_blocks, x, row_bytes, token + t, tile + t * kTileRows);
-  }
-  if (t < num_tokens) mxfp4_rows<1, NR>(blocks, scales, num_blocks, x, row_bytes, token + t, tile + t * kTileRows);
 }
 
 void mxfp4_product(const uint8_t* blocks, const uint8_t* scales, int num_rows, int64_t num_blocks, const uint8_t* x,
                    int64_t row_bytes, const int32_t* token, int num_tokens, float* tile) {
-  int r = 0;
-  if (num_tokens > 1) {
-    for (; r + kPanelRows <= num_rows; r += kPanelRows) {
-      mxfp4_sixteen_rows(blocks + r * num_blocks * 16, scales + r * num_blocks, num_blocks, x, row_bytes, token,
-                         num_tokens, tile + r);
-    }
-  }
-  // Four rows, then all tokens: the rows (6 kB) stay in L1, so memory is read once.
-  for (; r + 4 <= num_rows; r += 4) {
-    mxfp4_tokens<4>(blocks + r * num_blocks * 16, scales + r * num_blocks, num_blocks, x, row_bytes, token, num_tokens,
-                    tile + r);
-  }
-  for (; r < num_rows; ++r) {
-    mxfp4_tokens<1>(blocks + r * num_blocks * 16, scales + r * num_blocks, num_blocks, x, row_bytes, token, num_tokens,
-                    tile + r);
+  for (int r = 0; r < num_rows; r += kPanelRows) {
+    const uint8_t* b = blocks + r * num_blocks * 16;
+    const uint8_t* s = scales + r * num_blocks;
+    const int left = num_rows - r;
+    if (left >= kPanelRows)
+      mxfp4_tokens<true>(b, s, left, num_blocks, x, row_bytes, token, num_tokens, tile + r);
+    else
+      mxfp4_tokens<false>(b, s, left, num_blocks, x, row_bytes, token, num_tokens, tile + r);
   }
 }
 
