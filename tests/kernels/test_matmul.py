@@ -502,3 +502,16 @@ def test_a_forked_child_computes_alone(isa: str) -> None:
         matmul.linear_bf16(x, weight, None, again)
         os._exit(0 if np.array_equal(out, again) else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+# ---- limits of the machine
+
+
+def test_limits_are_measured_for_the_threads_in_use(isa: str) -> None:
+    runtime.configure(isa, 1)
+    assert matmul.measure_int8_ops(50) > 1e6
+    data = matmul.allocate(1 << 20)
+    data[:] = 1
+    assert matmul.measure_read_bandwidth(data, 2) > 1e6
+    with pytest.raises(ValueError, match="data has 10 bytes; expected at least 1 MiB"):
+        matmul.measure_read_bandwidth(np.zeros(10, np.uint8))
