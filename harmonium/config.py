@@ -105,7 +105,9 @@ def environment_config() -> dict[str, object]:
     threads = os.environ.get("HARMONIUM_THREADS")
     if threads:
         if not threads.isdecimal() or not 1 <= int(threads) <= MAX_THREADS:
-            raise ConfigError(f"HARMONIUM_THREADS is {threads!r}; expected a whole number from 1 to {MAX_THREADS}")
+            raise ConfigError(
+                f"HARMONIUM_THREADS is {threads!r}; expected a whole number from 1 to {MAX_THREADS}"
+            )
         settings["threads"] = int(threads)
     return settings
 
@@ -122,7 +124,9 @@ def cache_folder() -> Path:
     try:
         return Path.home() / ".cache" / "harmonium"
     except RuntimeError:
-        raise ConfigError("there is no home folder; set XDG_CACHE_HOME to a folder for cached files") from None
+        raise ConfigError(
+            "there is no home folder; set XDG_CACHE_HOME to a folder for cached files"
+        ) from None
 
 
 def resolve(config: EngineConfig, hardware: Hardware) -> Resolved:
@@ -146,7 +150,9 @@ def resolve(config: EngineConfig, hardware: Hardware) -> Resolved:
         threads = config.threads
         reasons["threads"] = "asked for"
         if threads > len(hardware.cores):
-            reasons["threads"] = f"asked for; more than the {len(hardware.cores)} cores that this process may use"
+            reasons["threads"] = (
+                f"asked for; more than the {len(hardware.cores)} cores that this process may use"
+            )
     if config.memory_limit_bytes is None:
         memory = hardware.memory_available_bytes
         reasons["memory"] = "what the machine and its cgroup have available"
@@ -162,7 +168,11 @@ def probe_hardware(isa: tuple[str, ...], root: Path = Path("/")) -> Hardware:
     isa: the instruction sets that the native code says it can run here, slowest first.
     root: where `proc` and `sys` lie; tests give a folder of their own.
     """
-    cores = tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else tuple(range(os.cpu_count() or 1))
+    cores = (
+        tuple(sorted(os.sched_getaffinity(0)))
+        if hasattr(os, "sched_getaffinity")
+        else tuple(range(os.cpu_count() or 1))
+    )
     quota = _cgroup_cpu_quota(root)
     if quota is not None:
         cores = cores[: max(1, min(len(cores), int(quota + 0.5)))]
@@ -212,7 +222,10 @@ def _cgroup_cpu_quota(root: Path) -> float | None:
             quotas.append(int(quota) / int(period))
     v1 = root / "sys/fs/cgroup/cpu"
     try:
-        quota_us, period_us = int((v1 / "cpu.cfs_quota_us").read_text()), int((v1 / "cpu.cfs_period_us").read_text())
+        quota_us, period_us = (
+            int((v1 / "cpu.cfs_quota_us").read_text()),
+            int((v1 / "cpu.cfs_period_us").read_text()),
+        )
         if quota_us > 0 and period_us > 0:
             quotas.append(quota_us / period_us)
     except (OSError, ValueError):
@@ -233,7 +246,10 @@ def _cgroup_memory(root: Path) -> tuple[int, int] | None:
             found.append((int(limit), max(0, used - _stat_value(folder / "memory.stat", "inactive_file"))))
     v1 = root / "sys/fs/cgroup/memory"
     try:
-        limit_v1, used_v1 = int((v1 / "memory.limit_in_bytes").read_text()), int((v1 / "memory.usage_in_bytes").read_text())
+        limit_v1, used_v1 = (
+            int((v1 / "memory.limit_in_bytes").read_text()),
+            int((v1 / "memory.usage_in_bytes").read_text()),
+        )
         if limit_v1 < 1 << 60:
             found.append((limit_v1, max(0, used_v1 - _stat_value(v1 / "memory.stat", "total_inactive_file"))))
     except (OSError, ValueError):
@@ -243,6 +259,8 @@ def _cgroup_memory(root: Path) -> tuple[int, int] | None:
 
 def _stat_value(path: Path, key: str) -> int:
     try:
-        return next((int(line.split()[1]) for line in path.read_text().splitlines() if line.split()[0] == key), 0)
+        return next(
+            (int(line.split()[1]) for line in path.read_text().splitlines() if line.split()[0] == key), 0
+        )
     except (OSError, ValueError, IndexError):
         return 0

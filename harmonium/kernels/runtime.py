@@ -1,4 +1,4 @@
-"""Which instruction set and how many threads the native kernels use: state of the process, set once at start."""
+"""Which instruction set and how many threads the native kernels use: state of the process, set at start."""
 
 from __future__ import annotations
 
