@@ -6,6 +6,16 @@ turn.content, turn.reasoning, turn.tool_calls
 """
 
 from harmonium.harmony.chat_history import ChatHistory, messages_from_chat, tools_from_chat
+from harmonium.harmony.events import (
+    Diagnostic,
+    Event,
+    Kind,
+    MessageEnd,
+    MessageStart,
+    ParsedTurn,
+    TextDelta,
+    ToolCall,
+)
 from harmonium.harmony.messages import (
     BROWSER,
     BUILTIN_TOOLS,
@@ -27,18 +37,7 @@ from harmonium.harmony.messages import (
     function_recipient,
     reasoning_effort,
 )
-from harmonium.harmony.parse import (
-    Diagnostic,
-    Event,
-    Kind,
-    MessageEnd,
-    MessageStart,
-    ParsedTurn,
-    StreamParser,
-    TextDelta,
-    ToolCall,
-    parse,
-)
+from harmonium.harmony.parse import StreamParser, parse
 from harmonium.harmony.render import (
     developer_text,
     opening_messages,

@@ -10,19 +10,16 @@ Source of the layout: openai/harmony:src/encoding.rs, json_schema_to_typescript.
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from harmonium.errors import HarmonyError
+from harmonium.harmony.json_value import check_json_depth, json_text, resolve
 
 MAX_DEPTH = 100
 """Schemas nested in schemas, $ref included."""
-MAX_JSON_DEPTH = 400
-"""Arrays and objects nested in one another, anywhere in the JSON."""
 MAX_NODES = 50_000
 MAX_CHARACTERS = 1_000_000
 """Bounds on what one schema may unfold to: a few $ref can otherwise double it again and again."""
@@ -35,7 +32,7 @@ def typescript(schema: object) -> str:
 
     Raises HarmonyError when it is nested too deep, unfolds to too much, or holds what JSON cannot.
     """
-    _check_json_depth(schema)
+    check_json_depth(schema)
     return _Writer(schema).root()
 
 
@@ -157,7 +154,9 @@ class _Writer:
 
     def _literal(self, value: object) -> str:
         text = (
-            f'"{value}"' if isinstance(value, str) and not _UNSAFE_IN_QUOTES.search(value) else _json(value)
+            f'"{value}"'
+            if isinstance(value, str) and not _UNSAFE_IN_QUOTES.search(value)
+            else json_text(value)
         )
         self._charge_text(text)
         return text
@@ -166,7 +165,7 @@ class _Writer:
         if ref in self._open_refs:
             self._recursive.add(ref)
             return _Type(_ref_name(ref))
-        found, target = _resolve(self._root, ref)
+        found, target = resolve(self._root, ref)
         if not found:
             return _ANY
         self._open_refs.append(ref)
@@ -299,7 +298,7 @@ class _Writer:
 
     def _key(self, key: str) -> str:
         self._charge_text(key)
-        return _json(key) if _CONTROL.search(key) else key
+        return json_text(key) if _CONTROL.search(key) else key
 
     def _charge(self) -> None:
         self._nodes_left -= 1
@@ -363,65 +362,3 @@ def _grouped(written: _Type) -> str:
 
 def _ref_name(ref: str) -> str:
     return re.sub(r"[^0-9A-Za-z_$]", "_", unquote(ref.rsplit("/", 1)[-1].lstrip("#"))) or "Root"
-
-
-def _resolve(root: object, ref: str) -> tuple[bool, object]:
-    """(found, target) of a JSON pointer into the same document; only such references are followed."""
-    if ref in ("#", "#/"):
-        return ref == "#", root
-    if not ref.startswith("#/"):
-        return False, None
-    target = root
-    for step in unquote(ref[2:]).split("/"):
-        key = step.replace("~1", "/").replace("~0", "~")
-        if isinstance(target, Mapping) and key in target:
-            target = target[key]
-        elif isinstance(target, list) and key.isdecimal() and len(key) < 10 and int(key) < len(target):
-            target = target[int(key)]
-        else:
-            return False, None
-    return True, target
-
-
-def _json(value: object) -> str:
-    """JSON in one line, numbers as Rust's serde writes them (integers beyond 64 bits become floats)."""
-    if isinstance(value, bool) or value is None or isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
-    if isinstance(value, int) and -(1 << 63) <= value < 1 << 64:
-        return str(value)
-    if isinstance(value, (int, float)):
-        return _float(value)
-    if isinstance(value, list):
-        return f"[{','.join(_json(item) for item in value)}]"
-    if isinstance(value, Mapping):
-        return f"{{{','.join(f'{_json(str(key))}:{_json(item)}' for key, item in value.items())}}}"
-    raise HarmonyError(f"the JSON schema holds a {type(value).__name__}, which JSON does not have")
-
-
-def _float(value: int | float) -> str:
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise HarmonyError("the JSON schema holds a number that JSON cannot write")
-    if 1e-5 <= abs(number) < 1e-4:  # where Python's repr has an exponent already and serde not yet
-        digits, _, exponent = repr(abs(number)).partition("e-")
-        return f"{'-' if number < 0 else ''}0.{'0' * (int(exponent) - 1)}{digits.replace('.', '')}"
-    return re.sub(r"e([+-])0+", r"e\1", repr(number))
-
-
-def _check_json_depth(value: object) -> None:
-    """Raises HarmonyError for nesting beyond MAX_JSON_DEPTH. A loop, so that no depth ends it early."""
-    level: list[object] = [value]
-    for _ in range(MAX_JSON_DEPTH):
-        inner: list[object] = []
-        for item in level:
-            if isinstance(item, Mapping):
-                inner += item.values()
-            elif isinstance(item, list):
-                inner += item
-        level = [item for item in inner if isinstance(item, (Mapping, list))]
-        if not level:
-            return
-    raise HarmonyError(f"the JSON schema nests arrays and objects more than {MAX_JSON_DEPTH} levels deep")

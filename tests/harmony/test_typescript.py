@@ -11,7 +11,8 @@ import pytest
 
 from harmonium.errors import HarmonyError
 from harmonium.harmony import Conversation, Tool, developer_text, render_prompt, typescript
-from harmonium.harmony.typescript import MAX_DEPTH, MAX_JSON_DEPTH
+from harmonium.harmony.json_value import MAX_JSON_DEPTH
+from harmonium.harmony.typescript import MAX_DEPTH
 from tests.harmony.conversations import load_encoding
 
 Schema = dict[str, Any]
