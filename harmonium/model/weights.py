@@ -172,9 +172,17 @@ def load_weights(source: TensorSource, weights: Weights, progress: Progress | No
     config = source.config
     unembedding = source.tensor(UNEMBEDDING)
     total = unembedding.nbytes + sum(_layer_bytes(source, layer) for layer in range(config.num_layers))
-    done = 0
+    # First, so that its pages are gone again before the experts come: the peak is then what stays.
+    head = Linear(unembedding, None, weights)
+    if weights == "int8":
+        source.advise(UNEMBEDDING, "dontneed")
+    else:
+        pages.bring_in(unembedding)
+    done = unembedding.nbytes
     layers = []
     for layer in range(config.num_layers):
+        if progress is not None:
+            progress(done, total)
         if layer + 1 < config.num_layers:
             # The disk reads ahead while this layer is converted.
             source.advise(_matrices(source, layer + 1), "willneed")
@@ -183,15 +191,8 @@ def load_weights(source: TensorSource, weights: Weights, progress: Progress | No
             pages.bring_in(array)
         layers.append(loaded)
         done += _layer_bytes(source, layer)
-        if progress is not None:
-            progress(done, total)
-    head = Linear(unembedding, None, weights)
-    if weights == "int8":
-        source.advise(UNEMBEDDING, "dontneed")
-    else:
-        pages.bring_in(unembedding)
     if progress is not None:
-        progress(total, total)
+        progress(done, total)
     return ModelWeights(source.tensor(EMBEDDING), tuple(layers), source.tensor("norm.weight"), head)
 
 
