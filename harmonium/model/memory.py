@@ -30,7 +30,7 @@ EMBEDDING_ROWS_KEPT = 1024
 _FAULT_AROUND_BYTES = 64 << 10
 """What Linux maps for one fault in a cached file (fault_around_bytes)."""
 
-PROCESS_BYTES = 170 << 20
+PROCESS_BYTES = 130 << 20
 """Interpreter, libraries, vocabulary, thread stacks: docs/numerics.md says how it was measured."""
 
 

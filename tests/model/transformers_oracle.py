@@ -15,7 +15,7 @@ def transformers_model(checkpoint: TensorSource, *, our_frequencies: bool = Fals
     """Needs torch and transformers.
 
     our_frequencies: replace the rotary frequencies by ours. PyTorch's float32 power misses the nearest
-    float32 in 2 of the 32 frequencies of head size 64 (ours are the nearest), which is 6e-4 radians at
+    float32 in 2 of the 32 frequencies of head size 64 (ours are the nearest), which is 6e-5 radians at
     position 5,000: see docs/numerics.md.
     """
     import torch
