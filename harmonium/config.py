@@ -1,8 +1,8 @@
 """Settings: frozen dataclasses, the machine's facts, and the one function that settles "auto".
 
 This module is the only reader of environment variables (HARMONIUM_ISA, HARMONIUM_THREADS, XDG_CACHE_HOME).
-Configuration is composed, never inherited; `resolve(config, hardware)` is pure, and what it returns is printed by
-`harmonium inspect` and logged once at start.
+Configuration is composed, never inherited; `resolve(config, hardware)` is pure, and what it returns is
+printed by `harmonium inspect` and logged once at start.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Literal
 from harmonium.errors import ConfigError
 
 Weights = Literal["int8", "bf16"]
-"""How the dense weights are held. int8: a scale per 32, activations int8 too. bf16: exactly as in the checkpoint."""
+"""How the dense weights are held. int8: a scale per 32, activations int8 too. bf16: as in the checkpoint."""
 
 ISA_NAMES = ("scalar", "avx2", "avx512")
 """Instruction sets with kernels, slowest first."""
@@ -211,7 +211,7 @@ def _cgroup_folders(root: Path) -> list[Path]:
 
 
 def _cgroup_cpu_quota(root: Path) -> float | None:
-    """The least of the quotas, in cores; None where there is none. Source: the kernel's cgroup-v2 document."""
+    """The least of the quotas, in cores; None where there is none. Source: the cgroup-v2 document."""
     quotas = []
     for folder in _cgroup_folders(root):
         try:
