@@ -23,9 +23,9 @@ from harmonium.model.sampler import sample_rows
 from harmonium.model.weights import (
     FloatArray,
     LayerWeights,
+    MappedSource,
     ModelWeights,
     Progress,
-    TensorSource,
     load_weights,
 )
 
@@ -65,7 +65,7 @@ class NativeRunner:
 
     def __init__(
         self,
-        checkpoint: TensorSource,
+        checkpoint: MappedSource,
         weights: Weights = "int8",
         max_batch_tokens: int = 512,
         progress: Progress | None = None,

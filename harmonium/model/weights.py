@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from harmonium.checkpoint.model_config import LayerKind, ModelConfig
+from harmonium.checkpoint.model_config import LayerKind
 from harmonium.checkpoint.names import EMBEDDING, UNEMBEDDING
 from harmonium.checkpoint.safetensors import Advice
 from harmonium.config import Weights
@@ -22,6 +22,7 @@ from harmonium.kernels.matmul import (
     quantize_weight,
 )
 from harmonium.model import pages
+from harmonium.model.reference import TensorSource
 
 FloatArray = npt.NDArray[np.float32]
 Bits = npt.NDArray[np.uint16]
@@ -29,18 +30,8 @@ Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) while weights are loaded."""
 
 
-class TensorSource(Protocol):
-    """What a model needs of a checkpoint (harmonium.checkpoint.Checkpoint has it)."""
-
-    @property
-    def config(self) -> ModelConfig: ...
-
-    @property
-    def expert_format(self) -> str: ...
-
-    def tensor(self, name: str) -> npt.NDArray[Any]:
-        """A view of the mapped file: bf16 as uint16 bits, MXFP4 as uint8."""
-        ...
+class MappedSource(TensorSource, Protocol):
+    """What a runner needs of a checkpoint: views of mapped files, bf16 as uint16 bits, MXFP4 as uint8."""
 
     def advise(self, names: str | Iterable[str], advice: Advice) -> None:
         """Tell the system that tensors will be read soon, or that their mapped pages may leave memory."""
@@ -79,7 +70,7 @@ class Experts:
 
     __slots__ = ("_activations", "_arrays", "_is_mxfp4", "_limits", "mapped")
 
-    def __init__(self, source: TensorSource, name: str, weights: Weights) -> None:
+    def __init__(self, source: MappedSource, name: str, weights: Weights) -> None:
         config = source.config
         self._is_mxfp4 = source.expert_format == "mxfp4"
         self._activations = weights
@@ -164,7 +155,7 @@ class ModelWeights:
         return sum(layer.dense_bytes for layer in self.layers) + self.norm_D.nbytes + self.unembedding.nbytes
 
 
-def load_weights(source: TensorSource, weights: Weights, progress: Progress | None = None) -> ModelWeights:
+def load_weights(source: MappedSource, weights: Weights, progress: Progress | None = None) -> ModelWeights:
     """Convert the dense weights and map the experts' pages; what was converted leaves memory again.
 
     Raises CheckpointError for a tensor that is missing.
@@ -196,7 +187,7 @@ def load_weights(source: TensorSource, weights: Weights, progress: Progress | No
     return ModelWeights(source.tensor(EMBEDDING), tuple(layers), source.tensor("norm.weight"), head)
 
 
-def _load_layer(source: TensorSource, layer: int, weights: Weights) -> LayerWeights:
+def _load_layer(source: MappedSource, layer: int, weights: Weights) -> LayerWeights:
     name = f"layers.{layer}"
 
     def tensor(part: str) -> npt.NDArray[Any]:
@@ -226,12 +217,12 @@ def _load_layer(source: TensorSource, layer: int, weights: Weights) -> LayerWeig
     )
 
 
-def _layer_bytes(source: TensorSource, layer: int) -> int:
+def _layer_bytes(source: MappedSource, layer: int) -> int:
     """Bytes of a layer's matrices in the files: what progress counts."""
     return sum(source.tensor(name).nbytes for name in _matrices(source, layer))
 
 
-def _matrices(source: TensorSource, layer: int) -> list[str]:
+def _matrices(source: MappedSource, layer: int) -> list[str]:
     name = f"layers.{layer}"
     dense = [f"{name}.attention.{part}.weight" for part in ("q", "k", "v", "out")]
     parts = ("blocks", "scales") if source.expert_format == "mxfp4" else ("weight",)

@@ -82,6 +82,12 @@ class Driver:
         pieces = [tokens[start : start + chunk] for start in range(0, len(tokens), chunk)]
         return np.concatenate([self.feed({name: piece})[name] for piece in pieces])
 
+    def fork(self, name: str, other: str, num_tokens: int) -> None:
+        """A new sequence that begins with another's blocks, as a prefix cache does it."""
+        assert num_tokens % CACHE_BLOCK_TOKENS == 0
+        num_blocks, source = num_tokens // CACHE_BLOCK_TOKENS, self._sequences[other]
+        self._sequences[name] = _Sequence(num_tokens, source.full[:num_blocks], source.window[:num_blocks])
+
     def _grow(self, sequence: _Sequence, num_tokens: int, free_window: bool) -> None:
         first_seen = max(0, sequence.length - self.runner.config.window + 1) // CACHE_BLOCK_TOKENS
         for index in range(min(first_seen, len(sequence.window)) if free_window else 0):

@@ -166,6 +166,18 @@ def test_blocks_that_left_the_window_are_not_read(name: str) -> None:
         np.testing.assert_array_equal(freed.feed(piece)[""], kept.feed(piece, free_window=False)[""])
 
 
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("name", ["narrow", "middle"])
+def test_reused_prefix_gives_the_logits_of_a_computed_one(name: str, weights: Weights) -> None:
+    tokens = prompt(name, 129)
+    other = np.concatenate([tokens[:96], prompt(name, 50)])
+    driver = Driver(runner_for(name, weights), seed=4)
+    driver.feed({"first": tokens}, free_window=False)
+    driver.fork("second", "first", 96)
+    reused = driver.feed({"second": other[96:]}, free_window=False)["second"]
+    assert typical_error(reused, native_logits(name, weights, other)[96:]) < SAME[weights]
+
+
 @pytest.mark.parametrize("rows", [[0], [39], [3, 17, 38], [38, 3], list(range(39, -1, -1))])
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_rows_that_are_asked_for_are_those_of_the_whole_step(weights: Weights, rows: list[int]) -> None:
