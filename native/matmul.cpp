@@ -1,6 +1,7 @@
 // The drivers: group tokens, cut the work into tasks, call the kernels of the instruction set in use.
 #include "matmul.h"
 
+#include <pthread.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -68,7 +69,13 @@ struct Arena {
 };
 
 Arena& arena() {
-  static Arena* a = new Arena;  // never destroyed: threads may outlive static destructors
+  // Never destroyed: threads may outlive static destructors.
+  static Arena* a = [] {
+    auto* made = new Arena;
+    // A child of fork has no other threads: a lock that one of them held would stay locked, so it starts afresh.
+    pthread_atfork(nullptr, nullptr, [] { new (&arena()) Arena; });
+    return made;
+  }();
   return *a;
 }
 

@@ -8,6 +8,8 @@ layout.
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import tracemalloc
 import warnings
 from collections.abc import Iterator
@@ -502,6 +504,35 @@ def test_a_forked_child_computes_alone(isa: str) -> None:
         matmul.linear_bf16(x, weight, None, again)
         os._exit(0 if np.array_equal(out, again) else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_fork_in_the_middle_of_a_kernel_leaves_the_child_usable() -> None:
+    """A lock that another thread holds at that moment must not stay locked in the child."""
+    weight, x, out = bf16(normal(1, 2000, 256)), normal(2, 8, 256), np.zeros((8, 2000), np.float32)
+    matmul.linear_bf16(x, weight, None, out)
+    stop = threading.Event()
+
+    def compute() -> None:
+        mine = np.zeros_like(out)
+        while not stop.is_set():
+            matmul.linear_bf16(x, weight, None, mine)
+
+    caller = threading.Thread(target=compute)
+    caller.start()
+    statuses = []
+    for _ in range(10):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if child == 0:
+            signal.alarm(10)  # a child that hangs is killed, and fails the test
+            again = np.zeros_like(out)
+            matmul.linear_bf16(x, weight, None, again)
+            os._exit(0 if np.array_equal(out, again) else 1)
+        statuses.append(os.waitpid(child, 0)[1])
+    stop.set()
+    caller.join()
+    assert statuses == [0] * 10
 
 
 # ---- limits of the machine
