@@ -3,7 +3,8 @@
 All arrays are C-contiguous and are checked; a wrong one raises ValueError with the argument's name, what it
 has and what was expected. x and out are float32; biases are bf16 bits (uint16) or, for the dense products,
 None. The number of inputs is a multiple of 32; outputs, tokens, experts and active experts may be any number.
-Results do not depend on the number of threads. NaN or infinity in a row of x gives NaN in that row of out.
+A row's result does not depend on the number of threads, nor on the other rows of x: on one instruction set it
+is the same to the bit. NaN or infinity in a row of x gives NaN in that row of out.
 
 Every function may raise MemoryError. What each computes: kernels/reference_matmul.py; layouts:
 docs/kernels.md.

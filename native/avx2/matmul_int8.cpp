@@ -216,41 +216,127 @@ void panel_product(const uint8_t* panels, int num_panels, int64_t num_blocks, in
   }
 }
 
-// One row: a register holds two blocks, four int32 lanes each. Unsigned values up to 24 do not saturate vpmaddubsw.
-float mxfp4_dot(const uint8_t* blocks, const uint8_t* scales, int64_t num_blocks, const uint8_t* row) {
-  const __m256i table = mxfp4_table(), nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-  const auto* scale = reinterpret_cast<const float*>(row + scale_offset(num_blocks));
-  const auto* start = reinterpret_cast<const int32_t*>(row + start_offset(num_blocks));
-  __m256 sum = _mm256_setzero_ps();
-  for (int64_t b = 0; b < num_blocks; b += 2) {
-    const bool pair = b + 1 < num_blocks;
-    const __m256i v = pair ? load(blocks + b * 16) : _mm256_zextsi128_si256(load128(blocks + b * 16));
-    const __m256i lo = _mm256_shuffle_epi8(table, _mm256_and_si256(v, nibble));
-    const __m256i hi = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(v, 4), nibble));
-    const uint8_t* q = row + b / kGroupBlocks * kGroupBytes + b % kGroupBlocks * 16;
-    const __m256i words = _mm256_add_epi16(_mm256_maddubs_epi16(lo, load(q)), _mm256_maddubs_epi16(hi, load(q + 64)));
-    const __m256i first = _mm256_setr_epi32(start[b], 0, 0, 0, start[b + 1], 0, 0, 0);  // zero after the last block
-    const __m256i acc = _mm256_add_epi32(_mm256_madd_epi16(words, ones), first);
-    const float s0 = from_bits(e8m0_bits(scales[b])) * scale[b];
-    const float s1 = pair ? from_bits(e8m0_bits(scales[b + 1])) * scale[b + 1] : 0.0f;
-    const __m256 both = _mm256_set_m128(_mm_set1_ps(s1), _mm_set1_ps(s0));
-    sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc), both, sum);
+// Eight rows of a weight, `stride` bytes apart. Of the last rows there may be fewer: the last one then stands for those
+// that are missing, and what comes of them is never looked at.
+template <bool kWhole>
+inline __attribute__((always_inline)) int64_t row_at(int r, int num_rows, int64_t stride) {
+  return (kWhole || r < num_rows ? r : num_rows - 1) * stride;
+}
+
+// 16 bytes of each of eight rows as four registers: lane r of register g holds bytes 4g..4g+3 of row r.
+inline __attribute__((always_inline)) void transpose(const __m128i row[8], __m256i out[4]) {
+  __m256i v[4];
+  for (int i = 0; i < 4; ++i) v[i] = _mm256_set_m128i(row[i + 4], row[i]);
+  const __m256i a = _mm256_unpacklo_epi32(v[0], v[1]), b = _mm256_unpacklo_epi32(v[2], v[3]);
+  const __m256i c = _mm256_unpackhi_epi32(v[0], v[1]), d = _mm256_unpackhi_epi32(v[2], v[3]);
+  out[0] = _mm256_unpacklo_epi64(a, b);
+  out[1] = _mm256_unpackhi_epi64(a, b);
+  out[2] = _mm256_unpacklo_epi64(c, d);
+  out[3] = _mm256_unpackhi_epi64(c, d);
+}
+
+// Scales of `count` blocks (at most 16): byte i of lane r of register g belongs to block 4g + i of row r.
+template <bool kWhole>
+void transpose_scales(const uint8_t* scales, int num_rows, int64_t stride, int64_t count, __m256i out[4]) {
+  alignas(16) uint8_t copy[8][16] = {};
+  __m128i row[8];
+  for (int r = 0; r < 8; ++r) {
+    const uint8_t* from = scales + row_at<kWhole>(r, num_rows, stride);
+    if (count < 16) memcpy(copy[r], from, count);  // not past the end of the weight
+    row[r] = load128(count < 16 ? copy[r] : from);
   }
-  return reduce(sum);
+  transpose(row, out);
+}
+
+// Scales of the block whose bytes are byte i of v.
+inline __attribute__((always_inline)) __m256 scale_of(__m256i v, int i) {
+  const __m256i infinity = _mm256_set1_epi32(0x7f800000), half = _mm256_set1_epi32(0x00400000);
+  const __m256i top = _mm256_sllv_epi32(v, _mm256_set1_epi32(24 - 8 * i));
+  const __m256i bits = _mm256_and_si256(_mm256_srli_epi32(top, 1), infinity);
+  const __m256i nan = _mm256_and_si256(_mm256_cmpeq_epi32(bits, infinity), half);
+  return _mm256_castsi256_ps(_mm256_or_si256(_mm256_max_epu32(bits, half), nan));
+}
+
+// Eight rows by NT tokens: weights are decoded in registers and used for all tokens at once. Sums have the same order
+// as those of a panel, so a token's result does not depend on which of the two computes it.
+template <int NT, bool kWhole>
+void mxfp4_eight(const uint8_t* blocks, const uint8_t* scales, int num_rows, int64_t num_blocks, const uint8_t* x,
+                 int64_t row_bytes, const int32_t* token, float* tile) {
+  const __m256i table = mxfp4_table(), nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+  const int64_t scale_at = scale_offset(num_blocks), start_at = start_offset(num_blocks), stride = num_blocks * 16;
+  const uint8_t* row[NT];
+  __m256 sum[NT];
+  for (int t = 0; t < NT; ++t) {
+    row[t] = x + token[t] * row_bytes;
+    sum[t] = _mm256_setzero_ps();
+  }
+  for (int64_t chunk = 0; chunk < num_blocks; chunk += 16) {
+    __m256i exponent[4];
+    transpose_scales<kWhole>(scales + chunk, num_rows, num_blocks, num_blocks - chunk, exponent);
+    for (int i = 0; i < 16 && chunk + i < num_blocks; ++i) {
+      const int64_t b = chunk + i, at = b / kGroupBlocks * kGroupBytes + b % kGroupBlocks * 16;
+      __m128i bytes[8];
+      for (int r = 0; r < 8; ++r) {
+        const uint8_t* from = blocks + b * 16 + row_at<kWhole>(r, num_rows, stride);
+        // The same place of the next eight rows, a line of each.
+        if (kWhole && i % kGroupBlocks == 0)
+          _mm_prefetch(reinterpret_cast<const char*>(from + 8 * stride), _MM_HINT_T0);
+        bytes[r] = load128(from);
+      }
+      __m256i v[4], even[NT], odd[NT];
+      transpose(bytes, v);
+      for (int t = 0; t < NT; ++t) even[t] = odd[t] = _mm256_setzero_si256();
+#pragma GCC unroll 4
+      for (int g = 0; g < 4; ++g) {
+        const __m256i lo = _mm256_shuffle_epi8(table, _mm256_and_si256(v[g], nibble));
+        const __m256i hi = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(v[g], 4), nibble));
+        for (int t = 0; t < NT; ++t) {
+          const __m256i a0 = _mm256_set1_epi32(dword(row[t] + at + g * 4));
+          const __m256i a1 = _mm256_set1_epi32(dword(row[t] + at + 64 + g * 4));
+          even[t] = _mm256_add_epi16(even[t], _mm256_maddubs_epi16(lo, a0));
+          odd[t] = _mm256_add_epi16(odd[t], _mm256_maddubs_epi16(hi, a1));
+        }
+      }
+      const __m256 scale = scale_of(exponent[i / 4], i % 4);
+      for (int t = 0; t < NT; ++t) {
+        __m256i acc = _mm256_set1_epi32(dword(row[t] + start_at + b * 4));
+        acc = _mm256_add_epi32(acc, _mm256_madd_epi16(even[t], ones));
+        acc = _mm256_add_epi32(acc, _mm256_madd_epi16(odd[t], ones));
+        const __m256 both = _mm256_mul_ps(scale, _mm256_set1_ps(from_bits(dword(row[t] + scale_at + b * 4))));
+        sum[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc), both, sum[t]);
+      }
+    }
+  }
+  for (int t = 0; t < NT; ++t) _mm256_storeu_ps(tile + t * kTileRows, sum[t]);
+}
+
+template <bool kWhole>
+void mxfp4_tokens(const uint8_t* blocks, const uint8_t* scales, int num_rows, int64_t num_blocks, const uint8_t* x,
+                  int64_t row_bytes, const int32_t* token, int num_tokens, float* tile) {
+  int t = 0;
+  for (; t + 2 <= num_tokens; t += 2) {
+    mxfp4_eight<2, kWhole>(blocks, scales, num_rows, num_blocks, x, row_bytes, token + t, tile + t * kTileRows);
+  }
+  if (t < num_tokens) {
+    mxfp4_eight<1, kWhole>(blocks, scales, num_rows, num_blocks, x, row_bytes, token + t, tile + t * kTileRows);
+  }
 }
 
 void mxfp4_product(const uint8_t* blocks, const uint8_t* scales, int num_rows, int64_t num_blocks, const uint8_t* x,
                    int64_t row_bytes, const int32_t* token, int num_tokens, float* tile) {
-  for (int r = 0; r < num_rows; ++r) {
-    for (int t = 0; t < num_tokens; ++t) {
-      tile[t * kTileRows + r] =
-          mxfp4_dot(blocks + r * num_blocks * 16, scales + r * num_blocks, num_blocks, x + token[t] * row_bytes);
-    }
+  for (int r = 0; r < num_rows; r += 8) {
+    const uint8_t* b = blocks + r * num_blocks * 16;
+    const uint8_t* s = scales + r * num_blocks;
+    const int left = num_rows - r;
+    if (left >= 8)
+      mxfp4_tokens<true>(b, s, left, num_blocks, x, row_bytes, token, num_tokens, tile + r);
+    else
+      mxfp4_tokens<false>(b, s, left, num_blocks, x, row_bytes, token, num_tokens, tile + r);
   }
 }
 
 }  // namespace
 
-const Int8Table kAvx2Int8 = {2, quantize_row, quantize_panel, mxfp4_to_panels, panel_product, mxfp4_product};
+const Int8Table kAvx2Int8 = {12, quantize_row, quantize_panel, mxfp4_to_panels, panel_product, mxfp4_product};
 
 }  // namespace harmonium

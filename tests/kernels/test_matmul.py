@@ -380,6 +380,32 @@ def test_results_do_not_depend_on_the_number_of_threads(isa: str) -> None:
         assert results[0] == results[1] == results[2]
 
 
+def test_a_tokens_result_does_not_depend_on_the_others_of_the_step(isa: str) -> None:
+    """To the bit, whichever kernel the number of tokens chooses: batching and chunking change no answer."""
+    layer = Layer.random(1, 3, 160, 64)
+    weight = bf16(normal(2, 53, 160))
+    panels = matmul.quantize_weight(weight)
+    x, (expert_id, expert_weight) = normal(3, 60, 160), routes(4, 60, 3, 2)
+
+    def compute(rows: slice) -> tuple[Floats, ...]:
+        count = len(x[rows])
+        outs = tuple(np.zeros((count, size), np.float32) for size in (53, 53, 128, 128, 160, 160, 160))
+        matmul.linear_int8(x[rows], panels, None, outs[0])
+        matmul.linear_bf16(x[rows], weight, None, outs[1])
+        for out, activations in zip(outs[2:4], ACTIVATIONS, strict=True):
+            matmul.matmul_mxfp4(x[rows], layer.gate_up[0][0], layer.gate_up[1][0], None, out, activations)
+        route = expert_id[rows], expert_weight[rows]
+        for out, activations in zip(outs[4:6], ACTIVATIONS, strict=True):
+            native.moe_mxfp4(x[rows], *route, *layer.mxfp4, out, LIMIT, ALPHA, activations)
+        native.moe_bf16(x[rows], *route, *layer.bf16, outs[6], LIMIT, ALPHA)
+        return outs
+
+    whole = compute(slice(0, 60))
+    for first, last in [(0, 1), (7, 9), (20, 25), (30, 41), (41, 60)]:
+        for out, expected in zip(compute(slice(first, last)), whole, strict=True):
+            np.testing.assert_array_equal(out, expected[first:last])
+
+
 def test_no_tokens_is_no_work(isa: str) -> None:
     layer = Layer.random(1, 3, 64, 32)
     none = np.zeros((0, 64), np.float32)
