@@ -78,7 +78,8 @@ def test_window_layers_see_exactly_their_window() -> None:
         other[position] = (other[position] + 1) % checkpoint.config.vocabulary_size
         return np.asarray(model.logits(other)[-1])
 
-    np.testing.assert_array_equal(changed_at(129 - window - 1), last_V)
+    # Not equal to the bit: another token may group the experts' rows otherwise, and BLAS sums accordingly.
+    np.testing.assert_allclose(changed_at(129 - window - 1), last_V, rtol=0, atol=1e-5)
     assert np.abs(changed_at(129 - window) - last_V).max() > 1e-4
 
 
