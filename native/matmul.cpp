@@ -20,7 +20,6 @@ namespace harmonium {
 namespace {
 
 constexpr std::int64_t kMaxTileTokens = 128;  // tokens of a task: a decoded panel is used for so many
-constexpr std::int64_t kMaxTilesPerTask = 4;  // 4 tiles of 2,880 inputs are 190 kB: 8 microseconds at 25 GB/s
 constexpr std::int64_t kHugePage = 2 << 20;
 
 enum Slot { kDecoded = 0, kTile = 1 };
@@ -190,9 +189,12 @@ void for_each_tile(const Weight& weight, const std::vector<Chunk>& chunks, const
                    const Use& use) {
   const std::int64_t tiles = ceil_div(weight.num_outputs, kTileRows);
   const std::int64_t num_chunks = static_cast<std::int64_t>(chunks.size());
-  // Neighboring tiles in one task, since a kernel prefetches the rows that follow; but 32 tasks a thread at least,
-  // so that the threads end together.
-  const std::int64_t run = std::clamp<std::int64_t>(tiles * num_chunks / (32 * num_threads()), 1, kMaxTilesPerTask);
+  // Neighboring tiles make one task, since a kernel prefetches the rows that follow. Few tokens are bound by memory
+  // and want long runs; many are bound by arithmetic and want tasks so small that the threads end together.
+  const bool few = !chunks.empty() && chunks.front().count <= 8;
+  const std::int64_t tasks_per_thread = few ? 16 : 32, longest = few ? 16 : 4;
+  const std::int64_t run =
+      std::clamp<std::int64_t>(tiles * num_chunks / (tasks_per_thread * num_threads()), 1, longest);
   const std::int64_t tasks = ceil_div(tiles, run);
   std::atomic<bool> out_of_memory{false};
   parallel(tasks * num_chunks, [&](std::int64_t task, int thread) {
