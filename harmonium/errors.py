@@ -9,13 +9,16 @@
     ├── EngineError              the engine failed                                            HTTP 500
     │   ├── EngineBusy           the queue is full: try again after `retry_after_seconds`     HTTP 503
     │   └── EngineClosed         the engine is not (or no longer) running                     HTTP 503
-    └── HarmonyError             messages that the Harmony format cannot express              HTTP 400
+    ├── HarmonyError             messages that the Harmony format cannot express              HTTP 400
+    └── ApiError                 what only HTTP can get wrong: keys, bodies, unknown names    its own status
 
 A message names the thing, the value and the limit. `exit_code` is what the command line ends with,
 `status` what the HTTP API answers, `code` the machine-readable name in an API error body.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 
 class HarmoniumError(Exception):
@@ -95,3 +98,30 @@ class HarmonyError(HarmoniumError):
     exit_code = 2
     status = 400
     code = "invalid_messages"
+
+
+class ApiError(HarmoniumError):
+    """A failure of an HTTP request, with all that OpenAI's error object says of it.
+
+    status: of the answer. type: None takes the usual one of the status. param: the field of the request that
+    is meant. retry_after_seconds: when to try again. headers: further ones of the answer.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        type: str | None = None,  # noqa: A002  # OpenAI's name for it
+        param: str | None = None,
+        code: str | None = "invalid_request",
+        retry_after_seconds: float | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.type = type
+        self.param = param
+        self.code = code  # type: ignore[assignment]  # OpenAI's object may have null here
+        self.retry_after_seconds = retry_after_seconds
+        self.headers = dict(headers or {})

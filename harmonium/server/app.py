@@ -1,0 +1,52 @@
+"""`create_app`: routes, error shapes and what surrounds them."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, FastAPI
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+
+from harmonium import __version__
+from harmonium.server import chat_completions, health, models
+from harmonium.server.body import IGNORED_HEADER
+from harmonium.server.errors import add_error_handlers
+from harmonium.server.middleware import REQUEST_ID_HEADER, BodyLimit, Gate, RequestLog
+from harmonium.server.state import ServerState
+
+ROUTERS: tuple[APIRouter, ...] = (
+    health.router,
+    models.router,
+    chat_completions.router,
+)
+
+
+def create_app(state: ServerState) -> FastAPI:
+    """The application over this state. The engine may come later (`state.set_engine`)."""
+    app = FastAPI(
+        title="Harmonium",
+        version=__version__,
+        docs_url=None,  # its page would come from a CDN
+        redoc_url=None,
+        middleware=_middleware(state),
+    )
+    app.state.harmonium = state
+    add_error_handlers(app)
+    for router in ROUTERS:
+        app.include_router(router)
+    return app
+
+
+def _middleware(state: ServerState) -> list[Middleware]:
+    """Outermost first."""
+    layers = [Middleware(RequestLog, state=state)]
+    if state.config.cors_origins:
+        layers.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=list(state.config.cors_origins),
+                allow_methods=["GET", "POST", "DELETE"],
+                allow_headers=["*"],
+                expose_headers=[REQUEST_ID_HEADER, IGNORED_HEADER, "retry-after"],
+            )
+        )
+    return [*layers, Middleware(Gate, state=state), Middleware(BodyLimit, state=state)]

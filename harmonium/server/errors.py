@@ -1,0 +1,161 @@
+"""Every failure as OpenAI's error object with the status that it deserves.
+
+{"error": {"message": ..., "type": ..., "param": ..., "code": ...}}
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from harmonium.errors import ApiError, EngineBusy, HarmoniumError, PromptTooLong
+
+_log = logging.getLogger("harmonium.server")
+
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+_FIELD = re.compile(r"([a-z_]+(?:\[\d+\])?(?:\.[A-Za-z_$]+(?:\[\d+\])?)*) (?:is|has|differs|holds|names)\b")
+"""Our messages start with the field they are about: "messages[0].role is 'x'; expected ..."."""
+
+
+def api_error(error: BaseException) -> ApiError:
+    """The error as the API answers it. What nobody foresaw becomes a 500 that tells nothing of the inside."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, EngineBusy):
+        return busy(str(error), error.retry_after_seconds)
+    if isinstance(error, PromptTooLong):
+        return ApiError(str(error), status=400, code=error.code, param="messages")
+    if isinstance(error, HarmoniumError):
+        retry = 5.0 if error.status == 503 else None
+        return ApiError(
+            str(error),
+            status=error.status,
+            type=error_type(error.status),
+            code=error.code,
+            param=_param(str(error)) if error.status < 500 else None,
+            retry_after_seconds=retry,
+        )
+    return ApiError(
+        "the server met a defect of its own; its log says more", status=500, code="internal_error"
+    )
+
+
+def busy(reason: str, retry_after_seconds: float) -> ApiError:
+    """429. The words "try again in Ns" are what some clients read their waiting time from."""
+    seconds = max(1, math.ceil(retry_after_seconds))
+    return ApiError(
+        f"{reason}. Please try again in {seconds}s.",
+        status=429,
+        type="rate_limit_error",
+        code="rate_limit_exceeded",
+        retry_after_seconds=seconds,
+    )
+
+
+def error_type(status: int) -> str:
+    """OpenAI's word for errors of this status."""
+    return _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+
+
+def _param(message: str) -> str | None:
+    found = _FIELD.match(message)
+    return found.group(1) if found else None
+
+
+def error_object(error: BaseException) -> dict[str, Any]:
+    """{"error": {...}}: the body of a failed request, or the last event of a failed stream."""
+    known = api_error(error)
+    return {
+        "error": {
+            "message": str(known),
+            "type": known.type or error_type(known.status),
+            "param": known.param,
+            "code": known.code,
+        }
+    }
+
+
+def error_response(error: BaseException) -> Response:
+    """The whole answer to a request that failed before anything was sent."""
+    known = api_error(error)
+    headers = dict(known.headers)
+    if known.retry_after_seconds is not None:
+        headers["retry-after"] = str(max(1, math.ceil(known.retry_after_seconds)))
+    return Response(
+        json.dumps(error_object(known)), known.status, headers=headers, media_type="application/json"
+    )
+
+
+def log_defect(error: BaseException, where: str) -> None:
+    """Our own defect goes into the log with its traceback; what a client did wrong does not."""
+    if not isinstance(error, HarmoniumError):
+        _log.error("defect in %s", where, exc_info=error)
+
+
+def validation_error(error: ValidationError) -> ApiError:
+    """A body that has not the shape of its model: the first thing that is wrong, named as OpenAI does."""
+    first = error.errors(include_url=False, include_input=True, include_context=False)[0]
+    param = param_name(first["loc"])
+    given = _shown(first.get("input"))
+    if first["type"] == "missing":
+        return ApiError(f"{param} is missing", status=400, param=param, code="missing_required_parameter")
+    message = f"{param or 'the body'} is {given}: {first['msg'].lower()}"
+    return ApiError(message, status=400, param=param or None, code="invalid_value")
+
+
+def param_name(location: tuple[int | str, ...]) -> str:
+    """('messages', 0, 'role') -> "messages[0].role"."""
+    name = ""
+    for step in location:
+        name += f"[{step}]" if isinstance(step, int) else f".{step}" if name else step
+    return name
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, (dict, list)):
+        return "an object" if isinstance(value, dict) else "a list"
+    text = json.dumps(value, default=lambda other: type(other).__name__)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+async def _answer_harmonium(request: Request, error: Exception) -> Response:
+    return error_response(error)
+
+
+async def _answer_validation(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    name = param_name(tuple(first["loc"])[1:])
+    return error_response(ApiError(f"{name}: {first['msg']}", status=400, param=name, code="invalid_value"))
+
+
+async def _answer_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = str(error.detail)
+    if error.status_code == 404:
+        message = f"no such path: {request.method} {request.url.path[:200]}"
+    elif error.status_code == 405:
+        message = f"{request.method} is not allowed for {request.url.path[:200]}"
+    headers = dict(error.headers or {})
+    return error_response(ApiError(message, status=error.status_code, code=None, headers=headers))
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """From here on every failure leaves the app as an error object."""
+    app.add_exception_handler(HarmoniumError, _answer_harmonium)
+    app.add_exception_handler(RequestValidationError, _answer_validation)
+    app.add_exception_handler(HTTPException, _answer_http)

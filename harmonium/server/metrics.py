@@ -1,0 +1,107 @@
+"""Counts and times for Prometheus, at /metrics.
+
+Where the meaning is the same the names are those of vLLM's server, so that dashboards made for it work.
+Source of names: vllm-project/vllm:docs/design/metrics.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Protocol
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from harmonium.engine.worker import EngineStatistics
+
+if TYPE_CHECKING:
+    from harmonium.server.state import ServerState
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 640)
+_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 1, 2.5)
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Metrics:
+    """The registry of one server. Attributes are counters and histograms to be told of what happens."""
+
+    def __init__(self, state: ServerState) -> None:
+        self._registry = registry = CollectorRegistry()
+        self.prompt_tokens = Counter("vllm:prompt_tokens", "Prompt tokens of answers.", registry=registry)
+        self.generation_tokens = Counter(
+            "vllm:generation_tokens", "Tokens that were written.", registry=registry
+        )
+        self.cached_tokens = Counter(
+            "vllm:prefix_cache_hits", "Prompt tokens from the cache.", registry=registry
+        )
+        self.queried_tokens = Counter(
+            "vllm:prefix_cache_queries", "Prompt tokens that were looked up in the cache.", registry=registry
+        )
+        self.finished = Counter(
+            "vllm:request_success", "Answers that ended.", ["finished_reason"], registry=registry
+        )
+        self.refused = Counter("harmonium:requests_refused", "Answers refused with 429.", registry=registry)
+        self.first_token = Histogram(
+            "vllm:time_to_first_token_seconds",
+            "From admission to the first text.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.token_seconds = Histogram(
+            "vllm:time_per_output_token_seconds",
+            "Mean time of a token after the first, of each answer.",
+            buckets=_TOKEN_SECONDS,
+            registry=registry,
+        )
+        self.answer_seconds = Histogram(
+            "vllm:e2e_request_latency_seconds",
+            "From admission to the end.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.grammar_seconds = Histogram(
+            "harmonium:grammar_compile_seconds",
+            "Compiling a request's grammar.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.responses = Counter(
+            "harmonium:http_responses", "HTTP answers.", ["path", "status"], registry=registry
+        )
+        registry.register(_EngineCollector(state))
+
+    def text(self) -> bytes:
+        """Everything in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+
+class _HasStatistics(Protocol):
+    @property
+    def statistics(self) -> EngineStatistics: ...
+
+
+class _EngineCollector:
+    """Reads the engine's own books when somebody looks."""
+
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+
+    def collect(self) -> Iterator[Metric]:
+        state = self._state
+        yield GaugeMetricFamily("vllm:num_requests_running", "Answers that run.", state.num_running)
+        yield GaugeMetricFamily("vllm:num_requests_waiting", "Answers that wait.", state.num_waiting)
+        yield GaugeMetricFamily("harmonium:ready", "1 when requests are served.", state.status == "ready")
+        statistics = getattr(state.loaded_engine, "statistics", None)
+        if not isinstance(statistics, EngineStatistics):
+            return
+        used, free = statistics.full_blocks_used, statistics.full_blocks_free + statistics.full_blocks_cached
+        share = used / (used + free) if used + free else 0.0
+        yield GaugeMetricFamily("vllm:kv_cache_usage_perc", "Share of the cache in use, 0 to 1.", share)
+        yield CounterMetricFamily("vllm:num_preemptions", "Preemptions.", statistics.num_preemptions)
+        yield CounterMetricFamily("harmonium:engine_steps", "Steps of the engine.", statistics.num_steps)
+        yield GaugeMetricFamily(
+            "harmonium:window_blocks_used",
+            "Cache blocks of window layers in use.",
+            statistics.window_blocks_used,
+        )

@@ -1,0 +1,44 @@
+"""What holds for every route."""
+
+from __future__ import annotations
+
+from harmonium.server import ServerState
+from tests.scripted_chat import REASONED
+from tests.server.client import call, chat, error_of, make_state
+
+
+def test_server_says_how_it_stands() -> None:
+    state = make_state(REASONED)
+    loading = ServerState()
+    assert call(state, "GET", "/health").json() == {"status": "ready"}
+    assert call(state, "GET", "/ready").status_code == 200
+    assert call(loading, "GET", "/health").json() == {"status": "loading", "loaded": 0.0}
+    assert call(loading, "GET", "/ready").status_code == 503
+    state.drain()
+    assert call(state, "GET", "/health").json() == {"status": "draining"}
+
+
+def test_request_is_refused_with_retry_after_unless_ready() -> None:
+    draining = make_state(REASONED)
+    draining.drain()
+    for state, code in ((ServerState(), "server_loading"), (draining, "server_draining")):
+        response = chat(state)
+        assert error_of(response, 503)["code"] == code
+        assert response.headers["retry-after"] == "5"
+
+
+def test_unknown_path_and_method_are_error_objects() -> None:
+    state = make_state(REASONED)
+    assert "no such path" in error_of(call(state, "GET", "/v2/x"), 404)["message"]
+    assert "not allowed" in error_of(call(state, "GET", "/v1/chat/completions"), 405)["message"]
+
+
+def test_model_has_all_its_names_and_no_other() -> None:
+    state = make_state(REASONED, model_names=("gpt-oss-20b", "openai/gpt-oss-20b"))
+    names = [model["id"] for model in call(state, "GET", "/v1/models").json()["data"]]
+    assert names == ["gpt-oss-20b", "openai/gpt-oss-20b"]
+    assert call(state, "GET", "/v1/models/openai/gpt-oss-20b").json()["root"] == "gpt-oss-20b"
+    assert chat(state, model="openai/gpt-oss-20b").json()["model"] == "openai/gpt-oss-20b"
+    assert chat(state).json()["model"] == "gpt-oss-20b"
+    error = error_of(chat(state, model="gpt-4"), 404)
+    assert (error["code"], error["param"]) == ("model_not_found", "model")
