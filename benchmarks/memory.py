@@ -48,6 +48,7 @@ def main() -> None:
     start = time.perf_counter()
     runner = NativeRunner(checkpoint, engine.weights, engine.max_batch_tokens)
     load_seconds = time.perf_counter() - start
+    runner.wait_until_resident()
     runner.allocate_cache(plan.num_full_blocks, plan.num_window_blocks)
     last = min(options.tokens, plan.context_length) - 1
     for position in range(0, last, engine.max_batch_tokens):

@@ -168,6 +168,9 @@ class _Bench:
         try:
             meter = Meter(engine, np.random.default_rng(self._options.seed))
             ready_seconds = load_seconds + await meter.prefill_seconds(1)
+            # A whole chunk goes through nearly every expert, so that no row waits for the disk.
+            warm_up = min(self._config.max_batch_tokens, engine.info.context_length - 1)
+            await meter.prefill_seconds(warm_up)
             peak_before = peak_resident_bytes()
             limits = _Limits(self._options.buffer_bytes)
             rows = [await self._prefill(meter, limits, num_tokens) for num_tokens in self._options.prefill]

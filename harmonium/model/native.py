@@ -18,6 +18,7 @@ from harmonium.errors import CheckpointError, EngineClosed
 from harmonium.kernels.ops import attention, gather_rows, rms_norm, rope_and_store, router
 from harmonium.model.batch import Batch, SampledToken, StepResult
 from harmonium.model.memory import EMBEDDING_ROWS_KEPT, MAX_LOGIT_ROWS, block_bytes
+from harmonium.model.pages import Reader
 from harmonium.model.rope import attention_factor, inverse_frequencies, rope_tables
 from harmonium.model.sampler import sample_rows
 from harmonium.model.weights import (
@@ -75,6 +76,7 @@ class NativeRunner:
         _check_sizes(config)
         self._max_batch_tokens = max_batch_tokens
         self._weights: ModelWeights | None = load_weights(checkpoint, weights, progress)
+        self._reader = Reader(self._weights.mapped())
         self._frequencies = inverse_frequencies(config.rope, config.head_size)
         self._attention_factor = attention_factor(config.rope)
         self._scratch: _Scratch | None = _take_scratch(config, max_batch_tokens)
@@ -144,8 +146,16 @@ class NativeRunner:
             self._mix_experts(layer, hidden_TD, normed_TD)
         return self._finish(weights, batch, hidden_TD, normed_TD)
 
+    def wait_until_resident(self) -> None:
+        """Return when the weights that are used where they lie in the files have been read once.
+
+        Steps need not wait for it; measurements of speed and memory do.
+        """
+        self._reader.wait()
+
     def close(self) -> None:
         if self._weights is not None:
+            self._reader.close()
             self._weights = self._scratch = None
             self._caches.clear()
             self._checkpoint.close()

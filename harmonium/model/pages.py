@@ -9,6 +9,8 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+import threading
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -22,9 +24,45 @@ _PIECE_BYTES = 64 << 20
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
-def bring_in(array: npt.NDArray[Any]) -> None:
-    """Map every page of a mapped array now, reading the file where it is not cached yet. Releases the GIL."""
+class Reader:
+    """Brings mapped arrays in, one after the other, on a thread of its own: steps may run meanwhile.
+
+    A step that needs a page which has not come yet reads it itself, so an answer can start before a cold file
+    is read whole. The arrays must stay mapped until `close` or `wait` has returned.
+    """
+
+    def __init__(self, arrays: Iterable[npt.NDArray[Any]]) -> None:
+        self._arrays = list(arrays)
+        self._stop = threading.Event()
+        # A daemon: an interpreter that ends without close() does not wait for the disk.
+        self._thread = threading.Thread(target=self._read, name="harmonium-pages", daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        for array in self._arrays:
+            bring_in(array, self._stop)
+            if self._stop.is_set():
+                return
+
+    def wait(self) -> None:
+        """Return when every array is there."""
+        self._thread.join()
+
+    def close(self) -> None:
+        """Stop after the piece that is being read. A second call does nothing."""
+        self._stop.set()
+        self._thread.join()
+        self._arrays.clear()
+
+
+def bring_in(array: npt.NDArray[Any], stop: threading.Event | None = None) -> None:
+    """Map every page of a mapped array now, reading the file where it is not cached yet. Releases the GIL.
+
+    stop: set by another thread, ends it after the piece at hand.
+    """
     for start, size in _pieces(array):
+        if stop is not None and stop.is_set():
+            return
         if not _advise(start, size, _POPULATE_READ):
             _touch(array)
             return

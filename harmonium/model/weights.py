@@ -21,7 +21,6 @@ from harmonium.kernels.matmul import (
     moe_mxfp4,
     quantize_weight,
 )
-from harmonium.model import pages
 from harmonium.model.reference import TensorSource
 
 FloatArray = npt.NDArray[np.float32]
@@ -41,9 +40,9 @@ class MappedSource(TensorSource, Protocol):
 
 
 class Linear:
-    """x @ weight.T + bias with the weight as int8 panels, or as bf16 in the map."""
+    """x @ weight.T + bias with the weight as int8 panels, or as bf16 in the map (then `mapped` holds it)."""
 
-    __slots__ = ("_bf16", "_bias", "_int8", "nbytes")
+    __slots__ = ("_bf16", "_bias", "_int8", "mapped", "nbytes")
 
     def __init__(self, weight_NK: Bits, bias_N: Bits | None, weights: Weights) -> None:
         self._bias = bias_N
@@ -54,6 +53,7 @@ class Linear:
         else:
             self._bf16 = weight_NK
         held = weight_NK if self._int8 is None else self._int8
+        self.mapped: tuple[Bits, ...] = () if self._bf16 is None else (self._bf16,)
         self.nbytes = held.nbytes + (0 if bias_N is None else bias_N.nbytes)
 
     def __call__(self, x_TK: FloatArray, out_TN: FloatArray, add: bool = False) -> None:
@@ -149,6 +149,13 @@ class ModelWeights:
     norm_D: Bits
     unembedding: Linear
 
+    def mapped(self) -> list[npt.NDArray[Any]]:
+        """What every step reads from the map, in the order in which it does: the embedding's rows apart."""
+        arrays: list[npt.NDArray[Any]] = []
+        for layer in self.layers:
+            arrays += (*layer.qkv.mapped, *layer.out.mapped, *layer.experts.mapped)
+        return [*arrays, *self.unembedding.mapped]
+
     @property
     def dense_bytes(self) -> int:
         """All but the experts' matrices and the embedding."""
@@ -156,19 +163,17 @@ class ModelWeights:
 
 
 def load_weights(source: MappedSource, weights: Weights, progress: Progress | None = None) -> ModelWeights:
-    """Convert the dense weights and map the experts' pages; what was converted leaves memory again.
+    """Convert the dense weights; what was converted leaves memory again. The experts' pages are not read yet.
 
     Raises CheckpointError for a tensor that is missing.
     """
     config = source.config
     unembedding = source.tensor(UNEMBEDDING)
-    total = unembedding.nbytes + sum(_layer_bytes(source, layer) for layer in range(config.num_layers))
+    total = unembedding.nbytes + sum(_dense_bytes(source, layer) for layer in range(config.num_layers))
     # First, so that its pages are gone again before the experts come: the peak is then what stays.
     head = Linear(unembedding, None, weights)
     if weights == "int8":
         source.advise(UNEMBEDDING, "dontneed")
-    else:
-        pages.bring_in(unembedding)
     done = unembedding.nbytes
     layers = []
     for layer in range(config.num_layers):
@@ -176,12 +181,9 @@ def load_weights(source: MappedSource, weights: Weights, progress: Progress | No
             progress(done, total)
         if layer + 1 < config.num_layers:
             # The disk reads ahead while this layer is converted.
-            source.advise(_matrices(source, layer + 1), "willneed")
-        loaded = _load_layer(source, layer, weights)
-        for array in loaded.experts.mapped:
-            pages.bring_in(array)
-        layers.append(loaded)
-        done += _layer_bytes(source, layer)
+            source.advise(_dense_names(layer + 1), "willneed")
+        layers.append(_load_layer(source, layer, weights))
+        done += _dense_bytes(source, layer)
     if progress is not None:
         progress(done, total)
     return ModelWeights(source.tensor(EMBEDDING), tuple(layers), source.tensor("norm.weight"), head)
@@ -202,8 +204,6 @@ def _load_layer(source: MappedSource, layer: int, weights: Weights) -> LayerWeig
     source.advise([f"{name}.attention.{part}.weight" for part in "qkv"], "dontneed")
     if weights == "int8":
         source.advise(f"{name}.attention.out.weight", "dontneed")
-    else:
-        pages.bring_in(out_DN)
     return LayerWeights(
         kind=source.config.layer_kinds[layer],
         attention_norm_D=tensor("attention_norm.weight"),
@@ -217,14 +217,10 @@ def _load_layer(source: MappedSource, layer: int, weights: Weights) -> LayerWeig
     )
 
 
-def _layer_bytes(source: MappedSource, layer: int) -> int:
-    """Bytes of a layer's matrices in the files: what progress counts."""
-    return sum(source.tensor(name).nbytes for name in _matrices(source, layer))
+def _dense_bytes(source: MappedSource, layer: int) -> int:
+    """Bytes of a layer's dense matrices in the files: what progress counts."""
+    return sum(source.tensor(name).nbytes for name in _dense_names(layer))
 
 
-def _matrices(source: MappedSource, layer: int) -> list[str]:
-    name = f"layers.{layer}"
-    dense = [f"{name}.attention.{part}.weight" for part in ("q", "k", "v", "out")]
-    parts = ("blocks", "scales") if source.expert_format == "mxfp4" else ("weight",)
-    experts = [f"{name}.experts.{half}.{part}" for half in ("gate_up", "down") for part in parts]
-    return dense + experts
+def _dense_names(layer: int) -> list[str]:
+    return [f"layers.{layer}.attention.{part}.weight" for part in ("q", "k", "v", "out")]

@@ -1,5 +1,6 @@
 import mmap
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,34 @@ def test_array_of_no_bytes_is_no_fault() -> None:
     pages.bring_in(np.zeros(0, np.uint8))
 
 
+def test_closed_reader_brings_in_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    is_first_read, may_go_on = threading.Event(), threading.Event()
+
+    def slow_read(start: int, size: int, option: int) -> bool:
+        seen.append(start)
+        is_first_read.set()
+        return may_go_on.wait(10)
+
+    monkeypatch.setattr(pages, "_advise", slow_read)
+    reader = pages.Reader([np.zeros(100, np.uint8) for _ in range(5)])
+    assert is_first_read.wait(10)
+    closing = threading.Thread(target=reader.close)
+    closing.start()
+    while not reader._stop.is_set():
+        pass
+    may_go_on.set()
+    closing.join()
+    assert len(seen) == 1
+    reader.close()
+
+
+def test_runner_closed_at_once_leaves_no_thread(tmp_path: Path) -> None:
+    folder = make_tiny_checkpoint(tmp_path / "model", vocabulary_size=512)
+    NativeRunner(open_checkpoint(folder), "bf16").close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "harmonium-pages"]
+
+
 def test_loaded_weights_are_resident_once(tmp_path: Path) -> None:
     # The map keeps the experts and small tensors; dense matrices have left it, embedding rows never came.
     folder = make_tiny_checkpoint(
@@ -60,6 +89,7 @@ def test_loaded_weights_are_resident_once(tmp_path: Path) -> None:
     matrix = checkpoint.tensors["unembedding.weight"].nbytes
     assert matrix > 4 * experts
     runner = NativeRunner(checkpoint, "int8")
+    runner.wait_until_resident()
     # What one fault maps around it (64 KB) comes on top, for a handful of small tensors.
     assert experts <= resident_bytes(file) + 2 * mmap.PAGESIZE < experts + matrix / 4
     runner.close()
