@@ -10,11 +10,12 @@ Whatever the model writes, a turn ends with exactly one `Finish`; output that br
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import uuid
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from harmonium.chat_events import (
     ChatEvent,
@@ -39,6 +40,7 @@ from harmonium.harmony.parse import Diagnostic, Event, MessageEnd, MessageStart,
 from harmonium.harmony.render import render_prompt
 from harmonium.harmony.vocabulary import NUM_TEXT_TOKENS, STOP_TOKEN_IDS, vocabulary
 from harmonium.model.batch import SamplingParams
+from harmonium.stop_text import StopText, TextPiece
 
 
 def _new_id() -> str:
@@ -52,8 +54,9 @@ class ChatRequest:
     conversation: messages, tools, effort, date, identity: everything that the prompt is made of.
     stop_token_ids: end the turn too, besides <|return|> and <|call|>; a text token among them is no part
     of the answer. cache_salt: turns share cached prefixes only with the same salt. request_id: names the
-    turn; ids of its tool calls derive from it. Raises RequestError for sampling.ignore_stop: what comes
-    after a turn is no chat.
+    turn; ids of its tool calls derive from it. stop: texts that end the turn when a message for the user
+    holds one; neither it nor what follows is shown. Reasoning and calls are not looked at. Raises
+    RequestError for an empty stop text, and for sampling.ignore_stop: what comes after a turn is no chat.
     """
 
     conversation: Conversation
@@ -61,8 +64,11 @@ class ChatRequest:
     stop_token_ids: frozenset[int] = frozenset()
     cache_salt: str = ""
     request_id: str = field(default_factory=_new_id)
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not all(self.stop):
+            raise RequestError("stop holds an empty text; expected at least one character")
         if self.sampling.ignore_stop:
             raise RequestError("ignore_stop is set; a chat turn ends at its stop token")
 
@@ -82,9 +88,10 @@ async def stream_chat(engine: Engine, request: ChatRequest) -> AsyncGenerator[Ch
     Raises before the first event: HarmonyError for a conversation that cannot be rendered, and what
     `Engine.admit` raises (PromptTooLong, RequestError, EngineBusy, EngineClosed).
     """
+    token_ids = tuple(await asyncio.to_thread(render_prompt, request.conversation))  # a long text takes long
     engine_request = Request(
         request_id=request.request_id,
-        token_ids=tuple(render_prompt(request.conversation)),
+        token_ids=token_ids,
         sampling=request.sampling,
         stop_token_ids=STOP_TOKEN_IDS | request.stop_token_ids,
         cache_salt=request.cache_salt,
@@ -123,6 +130,9 @@ class _Turn:
         self._has_content = False
         self._waits_for_tool = False
         self._hit_own_stop = False
+        self._stop_text: StopText | None = None
+        self._separator = ""
+        self._shown: list[str] = []
         self._engine_reason: FinishReason | None = None
         self._error: HarmoniumError | None = None
 
@@ -185,14 +195,16 @@ class _Turn:
                 case MessageStart():
                     yield self._start(event)
                 case TextDelta():
-                    yield self._delta(event, starts_with_text)
+                    yield from self._delta(event, starts_with_text)
                 case MessageEnd():
-                    yield self._end_message(event)
+                    yield from self._end_message(event)
                 case Diagnostic():
                     yield event
 
     def _start(self, event: MessageStart) -> ChatEvent:
         if event.kind != "tool_call":
+            if event.kind == "content" and self._request.stop:
+                self._stop_text, self._shown = StopText(self._request.stop), []
             return MessageStarted(event.index, event.kind, event.channel)
         assert event.tool_name is not None, "a call has a name"
         assert event.recipient is not None, "a call has a recipient"
@@ -202,23 +214,45 @@ class _Turn:
             self._declared.add(event.index)
         return ToolCallStarted(event.index, call_id, event.tool_name, event.recipient, event.is_declared)
 
-    def _delta(self, event: TextDelta, is_from_header: bool) -> ChatEvent:
+    def _delta(self, event: TextDelta, is_from_header: bool) -> Iterator[ChatEvent]:
         tokens = tuple(_last_covering(self._pending, event.text) if is_from_header else self._pending)
         self._pending.clear()
         if event.kind == "tool_call":
-            return ToolArgumentsDelta(event.index, self._call_ids[event.index], event.text)
-        if event.kind == "reasoning":
+            yield ToolArgumentsDelta(event.index, self._call_ids[event.index], event.text)
+        elif event.kind == "reasoning":
             self._reasoning_tokens += len(tokens)
-            return ReasoningDelta(event.index, event.text, tokens, event.separator)
-        self._has_content = True
-        return ContentDelta(event.index, event.text, tokens, event.separator)
+            yield ReasoningDelta(event.index, event.text, tokens, event.separator)
+        elif self._stop_text is not None:
+            self._separator = event.separator or self._separator
+            yield from self._show(event.index, self._stop_text.push(event.text, tokens))
+            self._hit_own_stop |= self._stop_text.found is not None
+        else:
+            self._has_content = True
+            yield ContentDelta(event.index, event.text, tokens, event.separator)
 
-    def _end_message(self, event: MessageEnd) -> ChatEvent:
+    def _show(self, index: int, piece: TextPiece | None) -> Iterator[ChatEvent]:
+        """Text that was looked at for stop texts."""
+        if piece is None:
+            return
+        self._has_content = True
+        self._shown.append(piece.text)
+        separator, self._separator = self._separator, ""
+        yield ContentDelta(index, piece.text, piece.tokens, separator)
+
+    def _end_message(self, event: MessageEnd) -> Iterator[ChatEvent]:
         self._pending.clear()
-        if event.kind != "tool_call":
-            return MessageEnded(event.index, event.kind, event.message, event.is_complete)
-        self._waits_for_tool |= event.is_complete and event.index in self._declared
-        return ToolCallEnded(event.index, self._call_ids[event.index], event.message, event.is_complete)
+        if event.kind == "tool_call":
+            self._waits_for_tool |= event.is_complete and event.index in self._declared
+            call_id = self._call_ids[event.index]
+            yield ToolCallEnded(event.index, call_id, event.message, event.is_complete)
+            return
+        message, is_complete = event.message, event.is_complete
+        if event.kind == "content" and self._stop_text is not None:
+            yield from self._show(event.index, self._stop_text.finish())
+            if self._stop_text.found is not None:
+                message = replace(message, content="".join(self._shown), token_ids=None)
+                is_complete = True
+        yield MessageEnded(event.index, event.kind, message, is_complete)
 
 
 def _last_covering(tokens: list[Token], text: str) -> list[Token]:

@@ -360,3 +360,19 @@ def test_any_output_ends_in_one_finish_and_loses_no_token(pieces: list[str], siz
     for item in result.items:
         text = item.text if not isinstance(item, ToolCallItem) else item.arguments
         assert text == item.message.content
+
+
+def test_stop_text_ends_the_content_and_nothing_else() -> None:
+    script = (
+        "<|channel|>analysis<|message|>a STOP b<|end|><|start|>assistant"
+        "<|channel|>final<|message|>one two STOP three<|return|>"
+    )
+    engine = ScriptedEngine([gen(script)])
+    request = ChatRequest(Conversation((Message("user", "x"),)), stop=("STOP",))
+    result = asyncio.run(complete_chat(engine, request))
+    assert (result.reasoning, result.content) == ("a STOP b", "one two ")
+    assert result.finish_reason == "stop"
+    assert result.messages[-1].content == "one two "
+    assert result.messages[-1].token_ids is None
+    assert engine.finished == ["aborted"]
+    assert result.usage.completion_tokens == len(gen(script)) - 2

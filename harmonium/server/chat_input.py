@@ -32,6 +32,7 @@ def chat_requests(state: ServerState, body: ChatCompletionRequest, completion_id
             stop_token_ids=frozenset(body.stop_token_ids or ()),
             cache_salt=body.cache_salt or "",
             request_id=f"{completion_id}-{choice}",
+            stop=body.stop_texts(),
         )
         for choice in range(body.n or 1)
     ]
