@@ -7,21 +7,27 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from harmonium import __version__
-from harmonium.server import chat_completions, health, models
+from harmonium.server import chat_completions, health, models, responses
 from harmonium.server.body import IGNORED_HEADER
 from harmonium.server.errors import add_error_handlers
 from harmonium.server.middleware import REQUEST_ID_HEADER, BodyLimit, Gate, RequestLog
+from harmonium.server.responses_run import Responses
 from harmonium.server.state import ServerState
+from harmonium.server.store import ResponseStore
 
 ROUTERS: tuple[APIRouter, ...] = (
     health.router,
     models.router,
     chat_completions.router,
+    responses.router,
 )
 
 
-def create_app(state: ServerState) -> FastAPI:
-    """The application over this state. The engine may come later (`state.set_engine`)."""
+def create_app(state: ServerState, store: ResponseStore | None = None) -> FastAPI:
+    """The application over this state. The engine may come later (`state.set_engine`).
+
+    store: of responses; None keeps them in memory.
+    """
     app = FastAPI(
         title="Harmonium",
         version=__version__,
@@ -30,6 +36,7 @@ def create_app(state: ServerState) -> FastAPI:
         middleware=_middleware(state),
     )
     app.state.harmonium = state
+    app.state.responses = Responses(state, store or ResponseStore())
     add_error_handlers(app)
     for router in ROUTERS:
         app.include_router(router)

@@ -1,0 +1,187 @@
+"""Responses while they are made: in front of a client, or in the background until somebody fetches them.
+
+A response that completes is stored before its last event is given out, so that nobody hears of a response
+that a crash could still lose.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from harmonium.errors import ApiError, EngineClosed, PromptTooLong
+from harmonium.server.errors import log_defect
+from harmonium.server.responses_events import TERMINAL_TYPES, ResponseEvents
+from harmonium.server.responses_input import PreparedResponse
+from harmonium.server.state import ServerState
+from harmonium.server.store import ResponseStore, StoredTurn
+from harmonium.server.turns import Turn, open_turn
+
+Json = dict[str, Any]
+
+
+class BackgroundRun:
+    """A response that is made whether or not somebody listens. events: all so far."""
+
+    def __init__(self, owner: str, writer: ResponseEvents) -> None:
+        self.owner = owner
+        self.writer = writer
+        self.events: list[Json] = []
+        self.task: asyncio.Task[None] | None = None
+        self.is_cancelled = False
+        self._news = asyncio.Event()
+        self._is_over = False
+
+    @property
+    def response(self) -> Json:
+        """The object as it stands, with the items that are whole."""
+        return self.writer.response
+
+    def add(self, event: Json) -> None:
+        """One more event, for all who listen."""
+        self.events.append(event)
+        self._wake()
+
+    def end(self) -> None:
+        """No more events will come."""
+        self._is_over = True
+        self._wake()
+
+    def _wake(self) -> None:
+        news, self._news = self._news, asyncio.Event()
+        news.set()
+
+    async def follow(self, after: int) -> AsyncGenerator[Json, None]:
+        """Events with a sequence number above `after`, then those that come. Leaving it stops nothing."""
+        place = max(0, after + 1)
+        while True:
+            news = self._news
+            while place < len(self.events):
+                yield self.events[place]
+                place += 1
+            if self._is_over:
+                return
+            await news.wait()
+
+
+class Responses:
+    """All responses of a server: those that run in the background, and the store of those that ended."""
+
+    def __init__(self, state: ServerState, store: ResponseStore) -> None:
+        self.state = state
+        self.store = store
+        self.running: dict[str, BackgroundRun] = {}
+
+    async def whole(self, prepared: PreparedResponse) -> Json:
+        """The response in one piece. Raises what `open` raises, and the engine's error when it fails."""
+        turn = await self.open(prepared)
+        writer = self._writer(prepared)
+        async for _ in self._events(prepared, turn, writer):
+            pass
+        if writer.failure is not None:
+            raise writer.failure
+        return writer.response
+
+    async def stream(self, prepared: PreparedResponse, turn: Turn) -> AsyncGenerator[Json, None]:
+        """The events of an opened turn. Closing the generator aborts it, and nothing is stored."""
+        events = self._events(prepared, turn, self._writer(prepared))
+        try:
+            async for event in events:
+                yield event
+        finally:
+            await events.aclose()
+
+    async def open(self, prepared: PreparedResponse) -> Turn:
+        """Admit the request. Raises ApiError (400 for a prompt that is too long; 429, 503)."""
+        try:
+            return await open_turn(self.state, prepared.chat_request)
+        except PromptTooLong as error:
+            raise ApiError(str(error), param="input", code=error.code) from None
+
+    async def start(self, prepared: PreparedResponse) -> BackgroundRun:
+        """Make the response in the background. It is stored as queued when this returns."""
+        turn = await self.open(prepared)
+        writer = self._writer(prepared)
+        try:
+            await asyncio.to_thread(self.store.put, writer.response, prepared.turn, prepared.owner)
+        except BaseException:
+            await turn.aclose()
+            raise
+        run = BackgroundRun(prepared.owner, writer)
+        self.running[writer.response["id"]] = run
+        run.task = asyncio.create_task(self._make(prepared, turn, run))
+        await asyncio.sleep(0)  # a task that is cancelled before its first step would never clean up
+        return run
+
+    def find_running(self, response_id: str, owner: str) -> BackgroundRun | None:
+        """The run of this response, if it runs and is this owner's."""
+        run = self.running.get(response_id)
+        return run if run is not None and run.owner == owner else None
+
+    async def cancel(self, run: BackgroundRun) -> Json:
+        """End a run. Returns its response, which is cancelled unless it came to its own end first."""
+        run.is_cancelled = True
+        await self._stop(run)
+        return run.response
+
+    async def close(self) -> None:
+        """End what runs in the background, as when the server stops, and close the store."""
+        for run in list(self.running.values()):
+            await self._stop(run)
+        self.store.close()
+
+    async def _stop(self, run: BackgroundRun) -> None:
+        assert run.task is not None, "a run that can be found was started"
+        if not run.writer.is_over:
+            run.task.cancel()
+        await asyncio.wait({run.task})
+
+    def _writer(self, prepared: PreparedResponse) -> ResponseEvents:
+        return ResponseEvents(prepared.facts, self.store.seal, time.time)
+
+    async def _events(
+        self, prepared: PreparedResponse, turn: Turn, writer: ResponseEvents, run: BackgroundRun | None = None
+    ) -> AsyncGenerator[Json, None]:
+        async with turn:
+            for event in writer.begin():
+                yield event
+            async for chat_event in turn:
+                for event in writer.push(chat_event):
+                    if event["type"] in TERMINAL_TYPES and prepared.facts.request.is_stored:
+                        await self._save(prepared, writer, [*run.events, event] if run is not None else None)
+                    yield event
+
+    async def _save(
+        self, prepared: PreparedResponse, writer: ResponseEvents, events: list[Json] | None
+    ) -> None:
+        turn = prepared.turn
+        whole = StoredTurn(turn.previous, turn.date, turn.items, (*turn.entries, *writer.entries))
+        await asyncio.to_thread(self.store.put, writer.response, whole, prepared.owner, events)
+
+    async def _make(self, prepared: PreparedResponse, turn: Turn, run: BackgroundRun) -> None:
+        """The task of a run: its events into the run, its end into the store."""
+        try:
+            async for event in self._events(prepared, turn, run.writer, run):
+                run.add(event)
+        except asyncio.CancelledError:
+            reason = EngineClosed("the server was shut down before the answer was whole")
+            await self._end(prepared, run, None if run.is_cancelled else reason)
+        except Exception as error:
+            log_defect(error, f"background response {prepared.facts.response_id}")
+            await self._end(prepared, run, error)
+        finally:
+            await turn.aclose()
+            self.running.pop(prepared.facts.response_id, None)
+            run.end()
+
+    async def _end(self, prepared: PreparedResponse, run: BackgroundRun, error: Exception | None) -> None:
+        """A run that did not come to its own end: cancelled, or failed."""
+        writer = run.writer
+        last = list(writer.cancel() if error is None else writer.fail(error))
+        try:
+            await self._save(prepared, writer, [*run.events, *last])
+        finally:
+            for event in last:
+                run.add(event)
