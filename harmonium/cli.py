@@ -194,11 +194,20 @@ def run_bench(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_serve(arguments: argparse.Namespace) -> int:
+    """`harmonium serve`."""
+    from harmonium.server.serve import serve
+
+    arguments.max_sequences = arguments.max_concurrency
+    return serve(arguments, engine_config(arguments))
+
+
 COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "inspect": run_inspect,
     "generate": run_generate,
     "chat": run_chat,
     "bench": run_bench,
+    "serve": run_serve,
 }
 
 

@@ -1,6 +1,7 @@
 """Settings: frozen dataclasses, the machine's facts, and the one function that settles "auto".
 
-This module is the only reader of environment variables (HARMONIUM_ISA, HARMONIUM_THREADS, XDG_CACHE_HOME).
+This module is the only reader of environment variables (HARMONIUM_ISA, HARMONIUM_THREADS, HARMONIUM_API_KEY,
+XDG_CACHE_HOME).
 Configuration is composed, never inherited; `resolve(config, hardware)` is pure, and what it returns is
 printed by `harmonium inspect` and logged once at start.
 """
@@ -110,6 +111,11 @@ def environment_config() -> dict[str, object]:
             )
         settings["threads"] = int(threads)
     return settings
+
+
+def environment_api_keys() -> tuple[str, ...]:
+    """The server's keys in HARMONIUM_API_KEY, with commas between them; () where it is not set."""
+    return tuple(key.strip() for key in os.environ.get("HARMONIUM_API_KEY", "").split(",") if key.strip())
 
 
 def cache_folder() -> Path:

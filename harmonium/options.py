@@ -14,10 +14,12 @@ from typing import Literal, NoReturn
 from harmonium import __version__
 from harmonium.config import ISA_NAMES, EngineConfig
 from harmonium.errors import ConfigError
+from harmonium.serve_options import add_serving, add_vllm_flags
 
 Effort = Literal["low", "medium", "high"]
 EFFORTS: tuple[Effort, ...] = ("low", "medium", "high")
 DEFAULT_EFFORT: Effort = "medium"
+MODEL_HELP = "a checkpoint folder, or `tiny`: a small random model, made once"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -87,15 +89,23 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     _add_generate(add("generate", "Continue a text or a list of token ids.", model, sampling))
     _add_chat(add("chat", "Talk with the model, or ask it one question.", model, sampling))
     _add_bench(add("bench", "Measure prefill and decode on this machine.", model))
+    add_serve_options(add("serve", "Serve the model over HTTP, as OpenAI's API does."))
     return parser, commands
 
 
 def _model_options() -> _Parser:
     """What every command takes: the model and how to run it."""
     parent = _Parser(add_help=False)
-    parent.add_argument(
-        "model", metavar="MODEL", help="a checkpoint folder, or `tiny`: a small random model, made once"
+    parent.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    group = _add_running(parent)
+    group.add_argument(
+        "--max-sequences", type=int, default=1, metavar="N", help="answers at a time (default 1)"
     )
+    return parent
+
+
+def _add_running(parent: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """How to run a model."""
     group = parent.add_argument_group("running the model")
     group.add_argument(
         "--weights", choices=("int8", "bf16"), default="int8", help="dense weights: int8 is fast, bf16 exact"
@@ -111,12 +121,16 @@ def _model_options() -> _Parser:
         "--max-batch-tokens", type=int, default=512, metavar="N", help="tokens in a step (default 512)"
     )
     group.add_argument(
-        "--max-sequences", type=int, default=1, metavar="N", help="answers at a time (default 1)"
-    )
-    group.add_argument(
         "--memory-limit", type=memory_bytes, metavar="SIZE", help="such as 14GiB; default: what is free"
     )
-    return parent
+    return group
+
+
+def add_serve_options(parser: argparse.ArgumentParser) -> None:
+    """`harmonium serve`."""
+    parser.add_argument("model", nargs="?", metavar="MODEL", help=MODEL_HELP)
+    add_serving(parser)
+    add_vllm_flags(_add_running(parser), parser)
 
 
 def _sampling_options() -> _Parser:
@@ -229,6 +243,7 @@ def engine_config(arguments: argparse.Namespace) -> EngineConfig:
         context_length=arguments.context_length,
         max_sequences=arguments.max_sequences,
         max_batch_tokens=arguments.max_batch_tokens,
+        max_queue=getattr(arguments, "max_queue", EngineConfig().max_queue),
         threads=arguments.threads,
         isa=arguments.isa,
         memory_limit_bytes=arguments.memory_limit,

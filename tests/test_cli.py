@@ -72,6 +72,17 @@ def lines(text: str) -> list[str]:
         (["inspect", "/no/such/place"], "/no/such/place"),
         (["bench", "x", "--prefill", "12,a"], "'a' is not a whole number above 0"),
         (["bench", "x", "--depth", "-1"], "--depth"),
+        (["serve"], "which model?"),
+        (["serve", "x", "--host", "0.0.0.0"], "no API key is set"),
+        (["serve", "x", "--dtype", "float16"], "use --weights bf16"),
+        (["serve", "x", "--gpu-memory-utilization", "0.9"], "use --memory-limit"),
+        (["serve", "x", "-tp", "2"], "one process serves one machine"),
+        (["serve", "x", "--effort", "huge"], "reasoning effort is 'huge'"),
+        (["serve", "x", "--date", "2026-13-01"], "date is '2026-13-01'"),
+        (["serve", "x", "--limit", "frogs=1"], "--limit is 'frogs=1'"),
+        (["serve", "x", "--port", "70000"], "port is 70,000"),
+        (["serve", "x", "--engine", "script:y"], "both MODEL and --engine"),
+        (["serve", "--engine", "vllm=x"], "--engine is 'vllm=x'"),
     ],
 )
 def test_mistake_costs_one_line_and_exit_code_2(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from harmonium.engine.admission import check_request
 from harmonium.engine.protocol import EngineInfo, FinishReason, Request, Token, TokenEvent
@@ -16,11 +17,15 @@ from harmonium.model.batch import SamplingParams
 class Script:
     """One answer. tokens: ids, or Token where log-probabilities matter.
 
-    error: after the tokens the answer ends with "error" and this text.
+    error: after the tokens the answer ends with "error" and this text. end: how it ends when the tokens are
+    used up and no stop token was among them. tokens_per_event, seconds_per_event: None takes the engine's.
     """
 
     tokens: tuple[int | Token, ...]
     error: str | None = None
+    end: Literal["stop", "length"] = "length"
+    tokens_per_event: int | None = None
+    seconds_per_event: float | None = None
 
 
 ScriptSource = Callable[[Request], "Script | Iterable[int | Token]"]
@@ -42,8 +47,10 @@ class ScriptedEngine:
         tokens_per_event: int = 1,
         seconds_per_event: float = 0.0,
         max_running: int | None = None,
+        check: Callable[[Request], None] | None = None,
     ) -> None:
-        """max_running: requests played at once; one more meets EngineBusy. None: any number.
+        """max_running: requests played at once; one more meets EngineBusy. None: any number. check: called
+        by `admit`; raises when a request could not be played.
 
         Raises ConfigError when there is no script or tokens_per_event is below 1.
         """
@@ -57,6 +64,7 @@ class ScriptedEngine:
         self._tokens_per_event = tokens_per_event
         self._seconds_per_event = seconds_per_event
         self._max_running = max_running
+        self._check = check
         self._running = 0
         self._closing = asyncio.Event()
         self.requests: list[Request] = []
@@ -80,6 +88,8 @@ class ScriptedEngine:
             raise EngineClosed("the engine is closed")
         if self._max_running is not None and self._running >= self._max_running:
             raise EngineBusy(f"{self._running:,} requests run; the limit is {self._max_running:,}")
+        if self._check is not None:
+            self._check(request)
 
     async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         """Play the request's script. Raises what `admit` raises when the first event is asked for."""
@@ -90,11 +100,13 @@ class ScriptedEngine:
             _script(self._source(request)) if self._source else self._scripts[number % len(self._scripts)]
         )
         tokens, reason = _cut(script, request, self._info.context_length)
+        size = script.tokens_per_event or self._tokens_per_event
+        pause = self._seconds_per_event if script.seconds_per_event is None else script.seconds_per_event
         self._running += 1
         ended: FinishReason = "aborted"
         try:
-            for event in _events(tokens, reason, script.error, self._tokens_per_event):
-                await asyncio.sleep(self._seconds_per_event)
+            for event in _events(tokens, reason, script.error, size):
+                await asyncio.sleep(pause)
                 if self._closing.is_set():
                     yield TokenEvent((), "aborted")
                     return
@@ -125,7 +137,7 @@ def _cut(script: Script, request: Request, context_length: int) -> tuple[list[To
             return tokens, "stop"
     if script.error is not None and len(tokens) < room:
         return tokens, "error"
-    return tokens, "length"
+    return tokens, script.end if len(tokens) < room else "length"
 
 
 def _with_logprobs(token: int | Token, params: SamplingParams) -> Token:

@@ -81,7 +81,7 @@ class RequestLog:
                 "seconds": round(seconds, 4),
                 "client": client[0] if client else None,
             }
-            _access_log.info("%s", json.dumps(record))
+            _access_log.info("%s", json.dumps(record), extra={"fields": record})
 
 
 def _request_id(given: str | None) -> str:

@@ -102,6 +102,11 @@ class ServerState:
         return self.config.current_date or datetime.datetime.now(datetime.timezone.utc).date().isoformat()
 
     @property
+    def num_held(self) -> int:
+        """Answers that hold a slot, running or waiting."""
+        return self._num_held
+
+    @property
     def num_running(self) -> int:
         """Answers that hold a slot and, as far as we know, run."""
         return min(self._num_held, self.config.max_concurrency)

@@ -1,0 +1,213 @@
+"""`harmonium serve`: listen first, load meanwhile, drain on SIGTERM.
+
+The socket is open before the model is loaded, so that /health can say "loading". The first SIGTERM or Ctrl-C
+refuses new answers and lets running ones end (at most drain_seconds); the second ends the process at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import socket
+import sys
+from dataclasses import fields
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from harmonium.config import EngineConfig, environment_api_keys
+from harmonium.engine.protocol import Engine
+from harmonium.errors import ConfigError, HarmoniumError
+from harmonium.harmony.messages import reasoning_effort
+from harmonium.loading import find_model, progress_bar
+from harmonium.script_file import scripted_engine
+from harmonium.server.app import create_app
+from harmonium.server.config import Limits, ServerConfig
+from harmonium.server.logs import configure_logging
+from harmonium.server.state import ServerState
+
+_log = logging.getLogger("harmonium.server")
+
+SCRIPT_PREFIX = "script:"
+
+
+def serve(arguments: argparse.Namespace, engine_config: EngineConfig) -> int:
+    """Serve until a signal ends it. Returns the exit code. Raises ConfigError, and what loading raises."""
+    config = server_config(arguments)
+    for remark in arguments.told or ():
+        print(f"harmonium: {remark}", file=sys.stderr)
+    model, script = _source(arguments)
+    configure_logging(arguments.log_format)
+    listener = listen(config.host, config.port)
+    state = ServerState(config)
+    server = DrainingServer(state, _uvicorn_config(state))
+    with listener:
+        return asyncio.run(_run(server, listener, model, script, engine_config))
+
+
+def server_config(arguments: argparse.Namespace) -> ServerConfig:
+    """The settings that options and environment give. Raises ConfigError."""
+    names = {"both": ("reasoning_content", "reasoning")}
+    return ServerConfig(
+        host=arguments.host,
+        port=arguments.port,
+        model_names=tuple(arguments.served_model_name),
+        api_keys=tuple(arguments.api_key) or environment_api_keys(),
+        max_concurrency=arguments.max_concurrency,
+        max_queue=arguments.max_queue,
+        effort=reasoning_effort(arguments.effort),
+        current_date=arguments.date,
+        cors_origins=tuple(arguments.cors),
+        uses_grammar=not arguments.no_grammar,
+        reasoning_fields=names.get(arguments.reasoning_field, (arguments.reasoning_field,)),
+        allows_insecure=arguments.insecure,
+        drain_seconds=arguments.drain_timeout,
+        limits=_limits(arguments.limit),
+    )
+
+
+def _limits(given: list[str]) -> Limits:
+    known = [limit.name for limit in fields(Limits)]
+    found: dict[str, int] = {}
+    for text in given:
+        name, _, number = text.partition("=")
+        if name not in known or not number.isdecimal():
+            raise ConfigError(f"--limit is {text!r}; expected NAME=N with a name of {', '.join(known)}")
+        found[name] = int(number)
+    return Limits(**found)
+
+
+def _source(arguments: argparse.Namespace) -> tuple[str | None, Path | None]:
+    """(the word MODEL, None) or (None, the script)."""
+    engine, model = arguments.engine, arguments.model
+    if engine is not None and not engine.startswith(SCRIPT_PREFIX):
+        raise ConfigError(f"--engine is {engine!r}; expected {SCRIPT_PREFIX}FILE")
+    if engine is not None and model is not None:
+        raise ConfigError("both MODEL and --engine script:FILE are given; expected one")
+    if engine is not None:
+        return None, Path(engine.removeprefix(SCRIPT_PREFIX))
+    if model is None:
+        raise ConfigError("which model? harmonium serve MODEL, or harmonium serve --engine script:FILE")
+    return model, None
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises ConfigError when host or port cannot be had."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = found[0]
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(f"cannot listen on {host}, port {port}: {reason}") from None
+
+
+def _uvicorn_config(state: ServerState) -> uvicorn.Config:
+    return uvicorn.Config(
+        create_app(state),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="off",
+        ws="none",
+        h11_max_incomplete_event_size=64 << 10,
+        timeout_graceful_shutdown=5,
+    )
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn, whose first signal drains before it stops and whose second ends the process."""
+
+    def __init__(self, state: ServerState, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.state = state
+        self._drain: asyncio.Task[None] | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called for SIGTERM and SIGINT, between two instructions of the main thread."""
+        if self.state.status == "draining" or self.loop is None:
+            os._exit(128 + sig)
+        self.state.drain()
+        self.loop.call_soon_threadsafe(self._begin_drain)
+
+    def _begin_drain(self) -> None:
+        self._drain = asyncio.get_running_loop().create_task(self._stop_when_empty())
+
+    async def _stop_when_empty(self) -> None:
+        seconds = self.state.config.drain_seconds
+        if self.state.num_held:
+            _log.info("draining: %d answers may end within %g s", self.state.num_held, seconds)
+        end = asyncio.get_running_loop().time() + seconds
+        while self.state.num_held and asyncio.get_running_loop().time() < end:
+            await asyncio.sleep(0.05)
+        if self.state.num_held and self.state.loaded_engine is not None:
+            _log.warning("%d answers are cut off", self.state.num_held)
+            await self.state.loaded_engine.close()  # they end with an error event
+        self.should_exit = True
+
+
+async def _run(
+    server: DrainingServer,
+    listener: socket.socket,
+    model: str | None,
+    script: Path | None,
+    config: EngineConfig,
+) -> int:
+    state = server.state
+    server.loop = asyncio.get_running_loop()
+    loading = asyncio.create_task(_load(server, model, script, config))
+    try:
+        _announce(state.config, listener)
+        await server.serve(sockets=[listener])
+    finally:
+        if not loading.done():
+            os._exit(1)  # a thread reads weights, and nobody waits for them any more
+        if state.loaded_engine is not None:
+            await state.loaded_engine.close()
+    loading.result()
+    return 0
+
+
+def _announce(config: ServerConfig, listener: socket.socket) -> None:
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    _log.info("listening on http://%s:%d", host, listener.getsockname()[1])
+    if not config.api_keys and config.allows_insecure:
+        _log.warning("no API key is set: everybody who reaches this address may use it")
+
+
+async def _load(server: DrainingServer, model: str | None, script: Path | None, config: EngineConfig) -> None:
+    """Make the engine and hand it to the state; when that fails, stop the server."""
+    state = server.state
+    try:
+        engine = await _make_engine(state, model, script, config)
+    except HarmoniumError as error:
+        state.fail(str(error))
+        server.should_exit = True
+        raise
+    state.set_engine(engine)
+    _log.info("ready: %s, context %d", ", ".join(state.model_names), engine.info.context_length)
+
+
+async def _make_engine(
+    state: ServerState, model: str | None, script: Path | None, config: EngineConfig
+) -> Engine:
+    if script is not None:
+        return await asyncio.to_thread(
+            scripted_engine, script, context_length=config.context_length or 131_072
+        )
+    assert model is not None, "one of both is given"
+    from harmonium.engine.create import create_engine  # here: a script needs no native kernels
+
+    path = find_model(model)
+    with progress_bar(f"loading {path.name}") as bar:
+
+        def progress(done: int, total: int) -> None:
+            state.loaded_fraction = done / total if total else 0.0
+            if bar is not None:
+                bar(done, total)
+
+        return await asyncio.to_thread(create_engine, path, config, progress)
