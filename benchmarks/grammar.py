@@ -21,8 +21,9 @@ import numpy as np
 
 from harmonium.errors import RequestError
 from harmonium.harmony.grammar import CompiledTurn, TurnRules, compile_turn
+from harmonium.harmony.grammar_compile import tokenizer
 from harmonium.harmony.grammar_state import Mask, TurnState
-from harmonium.harmony.grammar_text import json_schema_format, tokenizer
+from harmonium.harmony.grammar_text import json_schema_format
 from harmonium.harmony.parse import parse
 from tests.harmony.random_turns import walk
 

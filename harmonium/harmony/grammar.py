@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from harmonium.errors import RequestError
+from harmonium.harmony.grammar_compile import GrammarLimits, GrammarWarning, compile_texts
 from harmonium.harmony.grammar_header import (
     Callee,
     add_call_headers,
@@ -26,14 +27,7 @@ from harmonium.harmony.grammar_header import (
     message_headers,
 )
 from harmonium.harmony.grammar_state import Course, TurnState
-from harmonium.harmony.grammar_text import (
-    FREE_TEXT,
-    GrammarLimits,
-    GrammarWarning,
-    TextFormat,
-    arguments_format,
-    compile_texts,
-)
+from harmonium.harmony.grammar_text import FREE_TEXT, TextFormat, arguments_format
 from harmonium.harmony.messages import Tool, ToolNamespace
 from harmonium.harmony.vocabulary import RETURN, STOP_TOKEN_IDS, vocabulary
 

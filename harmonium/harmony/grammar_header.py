@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import IntFlag
 
-from harmonium.harmony.grammar_text import CompiledText
+from harmonium.harmony.grammar_compile import CompiledText
 from harmonium.harmony.messages import Tool, ToolNamespace, function_recipient
 from harmonium.harmony.vocabulary import CALL, CHANNEL, CONSTRAIN, END, MESSAGE, RETURN, vocabulary
 

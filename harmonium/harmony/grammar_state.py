@@ -14,8 +14,8 @@ import numpy.typing as npt
 from llguidance import LLMatcher
 
 from harmonium.errors import EngineError
+from harmonium.harmony.grammar_compile import MASK_WORDS, remove_special_tokens
 from harmonium.harmony.grammar_header import Body, MessageKind, Node
-from harmonium.harmony.grammar_text import MASK_WORDS, remove_special_tokens
 from harmonium.harmony.vocabulary import NUM_TEXT_TOKENS, START, vocabulary
 
 Mask = npt.NDArray[np.uint32]

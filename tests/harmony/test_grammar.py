@@ -20,19 +20,14 @@ from harmonium.harmony import (
     RETURN,
     START,
     Tool,
+    grammar_compile,
     parse,
     vocabulary,
 )
-from harmonium.harmony import grammar_text as grammar_text_module
 from harmonium.harmony.grammar import MAX_CALLS, CompiledTurn, TurnRules, compile_turn
+from harmonium.harmony.grammar_compile import GrammarLimits, compile_texts
 from harmonium.harmony.grammar_state import TurnState
-from harmonium.harmony.grammar_text import (
-    JSON_OBJECT,
-    GrammarLimits,
-    TextFormat,
-    compile_texts,
-    json_schema_format,
-)
+from harmonium.harmony.grammar_text import JSON_OBJECT, TextFormat, json_schema_format
 from tests.harmony.random_turns import ids_of, walk
 
 WEATHER = Tool(
@@ -448,7 +443,7 @@ def test_compilation_has_a_deadline_that_names_the_limit(monkeypatch: pytest.Mon
     import threading
 
     release = threading.Event()
-    monkeypatch.setattr(grammar_text_module, "_build", lambda form: release.wait(30))
+    monkeypatch.setattr(grammar_compile, "_build", lambda form: release.wait(30))
     slow = {f"tool {i}": TextFormat("regex", f"deadline {i}") for i in range(2)}
     busy = {"tool 'c'": TextFormat("regex", "deadline 2")}
     try:
@@ -467,7 +462,7 @@ def test_size_limit_names_both_numbers() -> None:
 
 
 def test_cache_is_bounded_in_entries_and_bytes() -> None:
-    cache = grammar_text_module._Cache(max_entries=2, max_bytes=10)
+    cache = grammar_compile._Cache(max_entries=2, max_bytes=10)
     compiled = compile_texts({"x": JSON_OBJECT})["x"]
     forms = [TextFormat("regex", text) for text in ("aaa", "bbb", "ccc", "d" * 9)]
     for form in forms[:3]:
