@@ -45,8 +45,9 @@ class TurnRules:
 
     tool_choice: "none": no call; "required": a call, no final answer. allowed_tools: names of those that may
     be called (one: a named choice), None: all. max_calls: calls in the turn. answer: format of the final
-    answer. inputs: formats of tools that take text rather than JSON, by name. strict_tools: those whose
-    schema must be enforced whole, or the request is refused. allows_reasoning, max_reasoning_tokens: when the
+    answer. inputs: formats of tools that take text rather than JSON, by name; a tool whose parameters are
+    {"type": "string"}, as custom tools are declared in prompts, takes free text without being named.
+    strict_tools: those whose schema must be enforced whole, or the request is refused. allows_reasoning, max_reasoning_tokens: when the
     tokens are spent, reasoning is closed; 0 is no reasoning.
 
     Raises RequestError for a number out of range.
@@ -101,7 +102,7 @@ def compile_turn(
     tool's schema that cannot be enforced whole, is too large or takes too long; EngineBusy.
     """
     functions, namespaces = tuple(tools), tuple(builtin_tools)
-    offered = callees(functions, namespaces, rules.inputs)
+    offered = callees(functions, namespaces, [*rules.inputs, *_text_tools(functions)])
     called = _called(rules, offered)
     formats = _formats(rules, functions, namespaces, called)
     compiled = compile_texts(formats, limits)
@@ -122,6 +123,10 @@ def compile_turn(
         ),
         tuple(warning for warning in warnings if warning is not None),
     )
+
+
+def _text_tools(tools: tuple[Tool, ...]) -> list[str]:
+    return [tool.name for tool in tools if tool.parameters == {"type": "string"}]
 
 
 def _called(rules: TurnRules, offered: list[Callee]) -> list[Callee]:
