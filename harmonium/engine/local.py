@@ -14,9 +14,10 @@ from harmonium.checkpoint.model_config import ModelConfig
 from harmonium.config import CACHE_BLOCK_TOKENS, EngineConfig
 from harmonium.engine.admission import check_request, check_token_ids
 from harmonium.engine.blocks import PagedCache
-from harmonium.engine.protocol import EngineInfo, Request, TokenEvent
+from harmonium.engine.protocol import EngineInfo, Request, Token, TokenEvent
 from harmonium.engine.scheduler import Scheduler
-from harmonium.engine.sequence import Sequence
+from harmonium.engine.scores import PromptScores
+from harmonium.engine.sequence import LogitsSink, Sequence
 from harmonium.engine.worker import EngineStatistics, Stream, Worker
 from harmonium.errors import ConfigError, EngineClosed, EngineError, PromptTooLong, RequestError
 from harmonium.model.runner import Runner
@@ -109,6 +110,20 @@ class LocalEngine:
         Raises PromptTooLong for more than context_length tokens, RequestError for none or one outside the
         vocabulary, EngineBusy, EngineClosed, EngineError.
         """
+        pieces: list[npt.NDArray[np.float32]] = []
+        await self._read_logits(token_ids, pieces)
+        return np.concatenate(pieces)
+
+    async def score(self, token_ids: tuple[int, ...], num_top: int) -> tuple[Token, ...]:
+        """As PromptScorer says: float32 log-softmax of the logits, at most 16 rows of which exist at a time.
+
+        Raises what `logits` raises.
+        """
+        scores = PromptScores(token_ids, num_top)
+        await self._read_logits(token_ids, scores)
+        return scores.tokens
+
+    async def _read_logits(self, token_ids: tuple[int, ...], sink: LogitsSink) -> None:
         if not token_ids:
             raise RequestError("token_ids is empty; expected at least one token")
         if len(token_ids) > self._info.context_length:
@@ -116,15 +131,14 @@ class LocalEngine:
                 f"token_ids has {len(token_ids):,} tokens; the context is {self._info.context_length:,}"
             )
         check_token_ids(token_ids, self._info.vocabulary_size, "token_ids")
-        sequence = Sequence(Request("logits", token_ids), self._info.context_length, LOGITS_CHUNK_TOKENS)
+        request = Request("logits", token_ids)
+        sequence = Sequence(request, self._info.context_length, LOGITS_CHUNK_TOKENS, sink)
         async with aclosing(self._events(sequence)) as events:
             async for event in events:
                 if event.finish_reason == "error":
                     raise EngineError(event.error or "the step failed")
                 if event.finish_reason == "aborted":
                     raise EngineClosed("the engine was closed before the logits were computed")
-        assert sequence.returned_logits is not None
-        return np.concatenate(sequence.returned_logits)
 
     async def close(self) -> None:
         """End running requests with "aborted", then thread and runner. A second call does nothing."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from harmonium.model.batch import SamplingParams
 
@@ -85,4 +85,16 @@ class Engine(Protocol):
 
     async def close(self) -> None:
         """End running requests with "aborted" and give everything back."""
+        ...
+
+
+@runtime_checkable
+class PromptScorer(Protocol):
+    """An engine that also says how likely a prompt's own tokens are; evaluation tools ask for it."""
+
+    async def score(self, token_ids: tuple[int, ...], num_top: int) -> tuple[Token, ...]:
+        """Each token with its log-probability after those before it, and the num_top likeliest in its place.
+
+        The first token has none (logprob None). Raises what `Engine.admit` raises, and EngineError.
+        """
         ...

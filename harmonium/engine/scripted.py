@@ -116,6 +116,14 @@ class ScriptedEngine:
             self._running -= 1
             self.finished.append(ended)
 
+    async def score(self, token_ids: tuple[int, ...], num_top: int) -> tuple[Token, ...]:
+        """As PromptScorer says; every token was certain. Raises PromptTooLong, RequestError, EngineClosed."""
+        check_request(Request("score", token_ids), self._info)
+        if self._closing.is_set():
+            raise EngineClosed("the engine is closed")
+        first = Token(token_ids[0])
+        return (first, *(Token(id_, 0.0, ((id_, 0.0),) if num_top else ()) for id_ in token_ids[1:]))
+
     async def close(self) -> None:
         """End what is played with "aborted". A second call does nothing."""
         self._closing.set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import struct
 from hashlib import blake2b
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,14 @@ def draw_uniform(seed: int, position: int) -> float:
         struct.pack("<QQ", seed & (2**64 - 1), position), digest_size=8, person=b"harmonium draw"
     ).digest()
     return float(int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+class LogitsSink(Protocol):
+    """Takes logits piece by piece, on the engine's thread; a list is one."""
+
+    def append(self, logits_TV: npt.NDArray[np.float32], /) -> None:
+        """The logits of the next positions, the sink's own."""
+        ...
 
 
 class AnswerCounts:
@@ -62,7 +71,7 @@ class Sequence:
     max_total: tokens, prompt included, at which it ends with "length". num_cached_tokens: prompt tokens that
     came from the prefix cache when it first ran. lease: what it holds of the cache, None while it waits.
     blocked_at: the pool's release count when it last found no room (see Scheduler). chunk_limit: most tokens
-    that one step computes of it. returned_logits: None, or a list that collects float32 [t, V], all its
+    that one step computes of it. returned_logits: None, or what takes float32 [t, V] pieces, all its
     positions' logits; nothing is sampled then.
     """
 
@@ -71,7 +80,13 @@ class Sequence:
         "num_cached_tokens", "num_prompt", "num_tokens", "request", "returned_logits", "seed",
     )  # fmt: skip
 
-    def __init__(self, request: Request, context_length: int, logits_chunk: int = 0) -> None:
+    def __init__(
+        self,
+        request: Request,
+        context_length: int,
+        logits_chunk: int = 0,
+        logits_sink: LogitsSink | None = None,
+    ) -> None:
         self.request = request
         params = request.sampling
         self.seed = params.seed if params.seed is not None else secrets.randbits(64)
@@ -86,7 +101,7 @@ class Sequence:
         self.lease: Lease | None = None
         self.blocked_at = -1
         self.chunk_limit = logits_chunk or context_length
-        self.returned_logits: list[npt.NDArray[np.float32]] | None = [] if logits_chunk else None
+        self.returned_logits = logits_sink
         self._prompt_token_ids = np.unique(self.token_ids) if params.repetition_penalty != 1.0 else None
         self._counts = AnswerCounts() if _has_penalty(params) else None
 

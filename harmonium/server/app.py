@@ -7,7 +7,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from harmonium import __version__
-from harmonium.server import chat_completions, health, models, responses
+from harmonium.server import chat_completions, completions, health, models, responses, tokens
 from harmonium.server.body import IGNORED_HEADER
 from harmonium.server.errors import add_error_handlers
 from harmonium.server.middleware import REQUEST_ID_HEADER, BodyLimit, Gate, RequestLog
@@ -19,6 +19,8 @@ ROUTERS: tuple[APIRouter, ...] = (
     health.router,
     models.router,
     chat_completions.router,
+    completions.router,
+    tokens.router,
     responses.router,
 )
 

@@ -32,13 +32,17 @@ Model = TypeVar("Model", bound=RequestModel)
 
 async def read_model(request: Request, model: type[Model]) -> Model:
     """The body as this model. Raises ApiError: 400, 408, 413, 415."""
-    data = await read_json(request)
+    return validated(model, await read_json(request))
+
+
+def validated(model: type[Model], data: Any) -> Model:
+    """JSON as this model. Raises ApiError that names the first field that is wrong."""
     if not isinstance(data, dict):
         raise ApiError("the body is no JSON object", code="invalid_json")
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise validation_error(error) from None
+        raise validation_error(error, data) from None
     except RecursionError:
         raise ApiError("the body is nested too deep", code="invalid_json") from None
 

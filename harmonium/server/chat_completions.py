@@ -111,7 +111,7 @@ class _Completion:
             streams = [ChoiceStream(index, self.options) for index in range(len(turns))]
             for index, (stream, turn) in enumerate(zip(streams, turns, strict=True)):
                 yield self._chunk(stream, stream.first(turn.started.prompt_tokens), is_first=index == 0)
-            async for index, chat_event in merge(turns):
+            async for index, chat_event in merge([aiter(turn) for turn in turns]):
                 if isinstance(chat_event, Finish):
                     check_finish(chat_event)
                 for choice in streams[index].push(chat_event):

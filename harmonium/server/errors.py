@@ -106,15 +106,34 @@ def log_defect(error: BaseException, where: str) -> None:
         _log.error("defect in %s", where, exc_info=error)
 
 
-def validation_error(error: ValidationError) -> ApiError:
-    """A body that has not the shape of its model: the first thing that is wrong, named as OpenAI does."""
-    first = error.errors(include_url=False, include_input=True, include_context=False)[0]
-    param = param_name(first["loc"])
-    given = _shown(first.get("input"))
-    if first["type"] == "missing":
-        return ApiError(f"{param} is missing", status=400, param=param, code="missing_required_parameter")
-    message = f"{param or 'the body'} is {given}: {first['msg'].lower()}"
-    return ApiError(message, status=400, param=param or None, code="invalid_value")
+def validation_error(error: ValidationError, data: Any) -> ApiError:
+    """A body that has not the shape of its model: the first thing that is wrong, named as OpenAI does.
+
+    data: the body. Where a field may be one of several types, all of them are named.
+    """
+    errors = error.errors(include_url=False, include_context=False)
+    first = errors[0]
+    is_missing = first["type"] == "missing"
+    param = param_name(_place(first["loc"], data, is_missing))
+    if is_missing:
+        return ApiError(f"{param} is missing", param=param, code="missing_required_parameter")
+    same = [e["msg"].lower() for e in errors if param_name(_place(e["loc"], data, False)) == param]
+    wanted = " or ".join(dict.fromkeys(same))
+    message = f"{param or 'the body'} is {_shown(first.get('input'))}: {wanted}"
+    return ApiError(message, param=param or None, code="invalid_value")
+
+
+def _place(location: tuple[int | str, ...], data: Any, is_missing: bool) -> tuple[int | str, ...]:
+    """The steps of the location that are the client's: pydantic puts names of types between them."""
+    steps: list[int | str] = []
+    for number, step in enumerate(location):
+        has_name = isinstance(data, dict) and step in data
+        if has_name or (isinstance(data, list) and isinstance(step, int) and step < len(data)):
+            data = data[step]
+        elif not (is_missing and number == len(location) - 1):
+            continue
+        steps.append(step)
+    return tuple(steps)
 
 
 def param_name(location: tuple[int | str, ...]) -> str:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterable, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
-async def merge(sources: Sequence[AsyncIterable[T]]) -> AsyncGenerator[tuple[int, T], None]:
-    """(number of the source, item) until all sources have ended; what one raises ends all.
+async def merge(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
+    """(number of the source, item) until all sources have ended; what one raises ends all. Closes them.
 
     Sources are read one item ahead at most, so a slow reader slows them all.
     """
     if len(sources) == 1:
-        async for item in sources[0]:
-            yield 0, item
+        async with aclosing(sources[0]) as only:
+            async for item in only:
+                yield 0, item
         return
     queue: asyncio.Queue[tuple[int, T] | _End] = asyncio.Queue(maxsize=len(sources))
     readers = [asyncio.create_task(_read(index, source, queue)) for index, source in enumerate(sources)]
@@ -44,11 +46,14 @@ class _End:
     error: Exception | None = None
 
 
-async def _read(index: int, source: AsyncIterable[T], queue: asyncio.Queue[tuple[int, T] | _End]) -> None:
+async def _read(
+    index: int, source: AsyncGenerator[T, None], queue: asyncio.Queue[tuple[int, T] | _End]
+) -> None:
     end = _End()
     try:
-        async for item in source:
-            await queue.put((index, item))
+        async with aclosing(source) as items:
+            async for item in items:
+                await queue.put((index, item))
     except Exception as error:
         end = _End(error)
     await queue.put(end)

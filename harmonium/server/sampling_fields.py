@@ -119,8 +119,8 @@ def check_most(name: str, count: int, most: int, least: int = 0, unit: str = "")
     """Raises ApiError when count is not from least to most."""
     if least <= count <= most:
         return
-    what = "is" if least else "has"
-    amount = f"{count:,} {unit or 'entries'}" if not least else f"{count:,}"
+    what = "has" if unit or not least else "is"
+    amount = f"{count:,} {unit or 'entries'}" if what == "has" else f"{count:,}"
     raise ApiError(
         f"{name} {what} {amount}; expected {least:,} to {most:,}", param=name, code="invalid_value"
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harmonium.engine import LocalEngine, Request
+from harmonium.engine import LocalEngine, Request, Token
 from harmonium.engine.sequence import draw_uniform
 from harmonium.errors import ConfigError, EngineBusy, EngineClosed, PromptTooLong, RequestError
 from harmonium.model.batch import Batch, RowSampling, SamplingParams, StepResult
@@ -705,3 +705,27 @@ def test_info_says_what_is_served() -> None:
         97,
     )
     asyncio.run(engine.close())
+
+
+def test_score_is_the_log_softmax_of_the_logits_before_each_token() -> None:
+    prompt = tuple(prompt_of(37))
+
+    async def run() -> tuple[tuple[Token, ...], np.ndarray]:
+        engine = make_engine()
+        try:
+            return await engine.score(prompt, 3), await engine.logits(prompt)
+        finally:
+            await engine.close()
+            check_empty(engine)
+
+    tokens, logits = asyncio.run(run())
+    exact = logits.astype(np.float64)
+    logprobs = exact - np.log(np.exp(exact - exact.max(1, keepdims=True)).sum(1, keepdims=True))
+    logprobs -= exact.max(1, keepdims=True)
+    assert [token.token_id for token in tokens] == list(prompt)
+    assert (tokens[0].logprob, tokens[0].top_logprobs) == (None, ())
+    for row, token in zip(logprobs, tokens[1:], strict=False):
+        assert token.logprob == pytest.approx(row[token.token_id], abs=1e-4)
+        best = sorted(range(len(row)), key=lambda place: (-row[place], place))[:3]
+        assert [token_id for token_id, _ in token.top_logprobs] == best
+        assert [logprob for _, logprob in token.top_logprobs] == pytest.approx(row[best], abs=1e-4)

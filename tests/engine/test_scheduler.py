@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -135,13 +137,14 @@ def test_oldest_gets_on_though_later_ones_hold_the_blocks() -> None:
 def test_sequence_that_was_scheduled_is_not_preempted_in_the_same_step() -> None:
     """An old sequence in prefill (here: returning logits, 16 tokens a step) waits for a later decode."""
     served = Served(num_full=10, max_batch_tokens=300, prefix_cache=False)
-    old = Sequence(Request("r", tuple(prompt_of(170))), CONTEXT, logits_chunk=16)
+    pieces: list[npt.NDArray[np.float32]] = []
+    old = Sequence(Request("r", tuple(prompt_of(170))), CONTEXT, logits_chunk=16, logits_sink=pieces)
     served.scheduler.add(old)
     late = [served.add(prompt_of(150), 100)]
     while served.scheduler.has_work:
         served.step()
     assert set(served.finished) == {old, *late}
-    assert old.returned_logits is not None and sum(map(len, old.returned_logits)) == 170
+    assert sum(map(len, pieces)) == 170
     for sequence in late:
         check_answer(sequence, served.window)
 
