@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +15,7 @@ from harmonium.harmony.chat_history import messages_from_chat
 from harmonium.harmony.messages import Conversation, Message, ReasoningEffort, reasoning_effort
 from harmonium.model.batch import SamplingParams
 from harmonium.options import near
+from harmonium.text_file import expand_home, read_text, write_text
 
 HELP = """\
 /effort low|medium|high   how long the model reasons
@@ -107,10 +106,12 @@ class ChatSession:
     def _save(self, argument: str, may_replace: bool) -> str:
         if not argument:
             raise ConfigError("/save needs a file, such as /save talk.json")
-        path = Path(argument).expanduser()
-        if path.exists() and not may_replace:
-            raise ConfigError(f"{path} exists; /save! {argument} replaces it")
-        write_whole(path, json.dumps(self.to_json(), ensure_ascii=False, indent=2) + "\n")
+        path = expand_home(argument)
+        text = json.dumps(self.to_json(), ensure_ascii=False, indent=2) + "\n"
+        try:
+            write_text(path, text, may_replace)
+        except FileExistsError:
+            raise ConfigError(f"{path} exists; /save! {argument} replaces it") from None
         return f"saved to {path}"
 
     def to_json(self) -> dict[str, object]:
@@ -127,13 +128,11 @@ class ChatSession:
         Raises ConfigError when the file cannot be read as one.
         """
         try:
-            body = json.loads(path.read_text(encoding="utf-8"))
+            body = json.loads(read_text(path))
             if not isinstance(body, Mapping) or "messages" not in body:
                 raise ConfigError(f"{path} holds no object with messages, as /save writes it")
             history = messages_from_chat(body["messages"])
             loaded_effort = reasoning_effort(body.get("reasoning_effort", self.effort))
-        except OSError as error:
-            raise ConfigError(f"{path}: {error.strerror or error}") from None
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path} is not JSON: {error}") from None
         except HarmonyError as error:
@@ -156,17 +155,3 @@ def _chat_messages(messages: tuple[Message, ...]) -> list[dict[str, Any]]:
         name = "reasoning_content" if message.channel == "analysis" else "content"
         chat[-1][name] = chat[-1].get(name, "") + message.content
     return chat
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all. Raises ConfigError when it cannot be written."""
-    temporary = None
-    try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(descriptor, "w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
-        Path(temporary).replace(path)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise ConfigError(f"{path}: cannot be written ({error.strerror or error})") from None

@@ -16,6 +16,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from harmonium.errors import ConfigError, HarmoniumError
@@ -37,16 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     argv: the words after `harmonium`; None: those of this process.
     """
+    _open_closed_streams()
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             # Bytes that are no text are read as U+FFFD; a terminal that lacks a character shows "?" for it.
             stream.reconfigure(errors="replace")
     try:
-        arguments = parse(sys.argv[1:] if argv is None else list(argv))
-        code = COMMANDS[arguments.command](arguments)
+        code = _run(sys.argv[1:] if argv is None else list(argv))
         sys.stdout.flush()  # here, where a closed pipe can still be met in peace
-    except SystemExit as request:  # argparse, after --help and --version
-        return request.code if isinstance(request.code, int) else 0
     except HarmoniumError as error:
         return complain(str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -56,14 +55,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_BROKEN_PIPE
     except (OSError, MemoryError) as error:
         return complain(_describe(error), 1)
-    return int(code)
+    return code
+
+
+def _run(argv: Sequence[str]) -> int:
+    try:
+        arguments = parse(argv)
+    except SystemExit as request:  # argparse, after --help and --version
+        return request.code if isinstance(request.code, int) else 0
+    return COMMANDS[arguments.command](arguments)
+
+
+def _open_closed_streams() -> None:
+    """Put the null device where a stream was closed before the start (`>&-`): Python leaves None there.
+
+    It also takes the stream's number, so that no file opened later is written to in its place.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 - for good
 
 
 def complain(message: str, code: int) -> int:
     """Write one line on stderr, whatever the message holds, and return the code."""
     try:
         print(f"harmonium: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    except BrokenPipeError:
+    except OSError:  # nobody is there to be told
         _discard(sys.stderr)
     return code
 
@@ -97,13 +114,14 @@ def run_inspect(arguments: argparse.Namespace) -> int:
 
 def run_generate(arguments: argparse.Namespace) -> int:
     """`harmonium generate`."""
-    from harmonium.continuation import generate, logprob_table, read_prompt
+    from harmonium.continuation import checked_prompt, generate, logprob_table, read_prompt
 
     sampling = _sampling(arguments, logprobs=arguments.logprobs)
+    name, token_ids = read_prompt(arguments.prompt, arguments.tokens)
     engine = _engine(arguments)
 
     async def run() -> None:
-        prompt = read_prompt(arguments.prompt, arguments.tokens, engine.info.vocabulary_size)
+        prompt = checked_prompt(name, token_ids, engine.info.vocabulary_size)
         result = await generate(engine, prompt, sampling, None if arguments.json else sys.stdout)
         if arguments.json:
             _print_json({"model": engine.info.model_name, **result.to_json()})
@@ -147,8 +165,9 @@ def _converse(arguments: argparse.Namespace, session: ChatSession) -> int:
 def _ask(arguments: argparse.Namespace, session: ChatSession) -> int:
     from harmonium.question import ask, note, result_json
     from harmonium.screen import Screen
+    from harmonium.text_file import read_text
 
-    question = sys.stdin.read() if arguments.question == "-" else arguments.question
+    question = read_text("-") if arguments.question == "-" else arguments.question
     if not question.strip():
         raise ConfigError("the question is empty")
     shows_reasoning = arguments.show_reasoning

@@ -1,7 +1,7 @@
 """Settings: frozen dataclasses, the machine's facts, and the one function that settles "auto".
 
 This module is the only reader of environment variables (HARMONIUM_ISA, HARMONIUM_THREADS, HARMONIUM_API_KEY,
-XDG_CACHE_HOME).
+XDG_CACHE_HOME, TERM).
 Configuration is composed, never inherited; `resolve(config, hardware)` is pure, and what it returns is
 printed by `harmonium inspect` and logged once at start.
 """
@@ -133,6 +133,11 @@ def cache_folder() -> Path:
         raise ConfigError(
             "there is no home folder; set XDG_CACHE_HOME to a folder for cached files"
         ) from None
+
+
+def has_escape_codes() -> bool:
+    """Whether TERM names a terminal that dims text and moves the cursor; "dumb" and "unknown" do not."""
+    return os.environ.get("TERM", "dumb") not in ("", "dumb", "unknown")
 
 
 def resolve(config: EngineConfig, hardware: Hardware) -> Resolved:

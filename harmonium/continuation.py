@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 import uuid
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TextIO
 
 from harmonium.engine.protocol import Engine, FinishReason, Request, Token
 from harmonium.errors import ConfigError, EngineError
 from harmonium.harmony.vocabulary import STOP_TOKEN_IDS, TextDecoder, vocabulary
 from harmonium.model.batch import SamplingParams
+from harmonium.text_file import read_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,17 +100,20 @@ async def generate(
     return Continuation(prompt, tuple(tokens), "".join(parts), finish_reason, num_cached)
 
 
-def read_prompt(text: str | None, tokens_file: str | None, vocabulary_size: int) -> tuple[int, ...]:
-    """The prompt as token ids; `-` reads stdin. Raises ConfigError for a file or an id that cannot be
-    used.
+def read_prompt(text: str | None, tokens_file: str | None) -> tuple[str, list[int]]:
+    """The prompt's name in messages, and its token ids; `-` reads stdin.
+
+    Raises ConfigError for a file that cannot be used. Needs no model, so that nobody waits for one to load.
     """
     if text is not None:
-        token_ids = vocabulary().encode(sys.stdin.read() if text == "-" else text)
-        name = "the prompt"
-    else:
-        assert tokens_file is not None, "the parser demands one of --prompt and --tokens"
-        name = "stdin" if tokens_file == "-" else tokens_file
-        token_ids = parse_token_ids(read_text(tokens_file), name)
+        return "the prompt", vocabulary().encode(read_text("-") if text == "-" else text)
+    assert tokens_file is not None, "the parser demands one of --prompt and --tokens"
+    name = "stdin" if tokens_file == "-" else tokens_file
+    return name, parse_token_ids(read_text(tokens_file), name)
+
+
+def checked_prompt(name: str, token_ids: Sequence[int], vocabulary_size: int) -> tuple[int, ...]:
+    """The ids, if the model has them all. Raises ConfigError for the first that it lacks, and for none."""
     if not token_ids:
         raise ConfigError(f"{name} holds no token; generate continues at least one")
     wrong = next((token_id for token_id in token_ids if not 0 <= token_id < vocabulary_size), None)
@@ -119,18 +122,6 @@ def read_prompt(text: str | None, tokens_file: str | None, vocabulary_size: int)
             f"{name}: token id {wrong:,} is outside the vocabulary (0 to {vocabulary_size - 1:,})"
         )
     return tuple(token_ids)
-
-
-def read_text(path: str) -> str:
-    """A file's text, or stdin's for `-`. Raises ConfigError with the reason when it cannot be read."""
-    try:
-        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}"
-        ) from None
 
 
 def parse_token_ids(text: str, name: str) -> list[int]:

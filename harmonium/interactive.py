@@ -108,7 +108,7 @@ class Interactive:
         self._loop = asyncio.new_event_loop()
 
     def _standard_source(self) -> LineSource | TerminalSource:
-        if sys.stdin.isatty() and self._screen.is_terminal:
+        if sys.stdin.isatty() and sys.stdout.isatty():
             return TerminalSource(on_toggle=lambda: self._screen.line(self._session.toggle_reasoning()))
         return LineSource(sys.stdin)
 

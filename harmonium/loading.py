@@ -13,6 +13,7 @@ from harmonium.engine.protocol import Engine
 from harmonium.errors import ConfigError
 from harmonium.options import near
 from harmonium.testing import tiny_checkpoint_path
+from harmonium.text_file import expand_home
 
 TINY = "tiny"
 
@@ -25,7 +26,9 @@ def find_model(word: str) -> Path:
     opening it.
     """
     if word != TINY:
-        path = Path(word).expanduser()
+        if not word:
+            raise ConfigError("the model's path is empty")
+        path = expand_home(word)
         _suggest_neighbor(word, path)
         return path
     print(

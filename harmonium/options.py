@@ -233,7 +233,10 @@ def counts(text: str) -> tuple[int, ...]:
 
 def depths(text: str) -> tuple[int, ...]:
     """'0,4096' as numbers from 0."""
-    return tuple(0 if word == "0" else positive(word) for word in text.split(","))
+    wrong = next((word for word in text.split(",") if not word.isdecimal()), None)
+    if wrong is not None:
+        raise argparse.ArgumentTypeError(f"{wrong!r} is not a whole number from 0")
+    return tuple(int(word) for word in text.split(","))
 
 
 def engine_config(arguments: argparse.Namespace) -> EngineConfig:

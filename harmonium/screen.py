@@ -13,6 +13,8 @@ from typing import TextIO
 
 from prompt_toolkit.utils import get_cwidth
 
+from harmonium.config import has_escape_codes
+
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 _CLEAR_BELOW = "\x1b[0J"
 
@@ -47,9 +49,9 @@ class Screen:
     """Where an interactive program writes. Not a terminal: plain text, no regions."""
 
     def __init__(self, out: TextIO, is_terminal: bool | None = None) -> None:
-        """is_terminal: None asks `out`."""
+        """is_terminal: whether escape codes are understood; None asks `out` and the environment."""
         self._out = out
-        self.is_terminal = out.isatty() if is_terminal is None else is_terminal
+        self.is_terminal = (out.isatty() and has_escape_codes()) if is_terminal is None else is_terminal
         self._at_line_start = True
 
     def write(self, text: str) -> None:

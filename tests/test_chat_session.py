@@ -159,7 +159,7 @@ def test_options_win_over_the_file(tmp_path: Path) -> None:
     [
         (b"{", "is not JSON"),
         (b"[]", "no object with messages"),
-        (b"\xff", "is not JSON"),
+        (b"\xff", "is not UTF-8"),
         (b'{"messages": 3}', "messages is 3"),
         (b'{"messages": [{"role": "robot", "content": "x"}]}', "robot"),
         (b'{"messages": [], "reasoning_effort": 7}', "reasoning effort is 7"),
@@ -174,3 +174,13 @@ def test_file_that_is_no_conversation_is_named(content: bytes, expected: str, tm
         session.load(file)
     assert str(file) in str(raised.value)
     assert session.messages == ()
+
+
+@pytest.mark.parametrize("name", ["~no-such-user-at-all/x", "a\0b", "a" * 300])
+def test_save_to_an_impossible_name_is_one_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError):
+        new_session().command(f"/save! {name}")
+    assert list(tmp_path.iterdir()) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -71,7 +72,10 @@ def lines(text: str) -> list[str]:
         (["inspect", "x", "--memory-limit", "lots"], "'lots' is no size"),
         (["inspect", "/no/such/place"], "/no/such/place"),
         (["bench", "x", "--prefill", "12,a"], "'a' is not a whole number above 0"),
-        (["bench", "x", "--depth", "-1"], "--depth"),
+        (["bench", "x", "--depth", "-1"], "--depth: '-1' is not a whole number from 0"),
+        (["inspect", ""], "the model's path is empty"),
+        (["inspect", "~no-such-user-at-all/x"], "~no-such-user-at-all/x"),
+        (["generate", "x", "--tokens", "nowhere"], "nowhere: No such file"),
         (["serve"], "which model?"),
         (["serve", "x", "--host", "0.0.0.0"], "no API key is set"),
         (["serve", "x", "--dtype", "float16"], "use --weights bf16"),
@@ -283,6 +287,51 @@ def test_interrupt_is_exit_code_130_without_a_word(
     monkeypatch.setattr(loading, "load_engine", interrupted)
     assert cli.main(["chat", "x", "Hello"]) == 130
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "closed", "code"),
+    [
+        ("inspect {}", ">&-", 0),
+        ("generate {} --prompt a --max-tokens 1", "<&- >&- 2>&-", 0),
+        ("chat {} -", "<&-", 2),
+        ("chat {}", "<&-", 0),
+        ("chat {} hello", ">&-", 2),
+        ("nonsense", "2>&-", 2),
+    ],
+)
+def test_closed_standard_streams_are_met_without_a_traceback(
+    words: str, closed: str, code: int, model: Path
+) -> None:
+    command = (
+        f"{shlex.quote(sys.executable)} -m harmonium.cli {words.format(shlex.quote(str(model)))} {closed}"
+    )
+    done = subprocess.run(
+        ["sh", "-c", command],
+        cwd=_PACKAGE_PARENT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "Traceback" not in done.stderr
+    assert "harmonium:" not in done.stdout
+    assert done.returncode == code, done.stderr
+
+
+def test_full_disk_behind_stdout_is_one_line_and_exit_code_1(model: Path) -> None:
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "harmonium.cli", "inspect", str(model)],
+            cwd=_PACKAGE_PARENT,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (1, "harmonium: No space left on device\n")
 
 
 _CHILD = """

@@ -7,7 +7,7 @@ import io
 
 import pytest
 
-from harmonium.continuation import Continuation, generate, logprob_table, read_prompt
+from harmonium.continuation import Continuation, checked_prompt, generate, logprob_table, read_prompt
 from harmonium.engine.protocol import EngineInfo, Token
 from harmonium.engine.scripted import Script, ScriptedEngine
 from harmonium.errors import ConfigError, EngineError, PromptTooLong
@@ -63,11 +63,11 @@ def test_logprob_table_has_a_line_for_each_token() -> None:
 
 
 def test_text_of_a_special_token_stays_text() -> None:
-    prompt = read_prompt("<|end|>", None, 201_088)
+    _, prompt = read_prompt("<|end|>", None)
     assert max(prompt) < 199_998
     assert vocabulary().decode(prompt) == "<|end|>"
 
 
 def test_empty_prompt_is_named() -> None:
     with pytest.raises(ConfigError, match="the prompt holds no token"):
-        read_prompt("", None, 201_088)
+        checked_prompt(*read_prompt("", None), 201_088)

@@ -75,6 +75,22 @@ def test_region_shows_the_last_rows_alone() -> None:
     assert out.getvalue().count("\n") == region.MAX_ROWS
 
 
+@pytest.mark.parametrize(("term", "expected"), [("xterm", True), ("dumb", False), ("", False)])
+def test_dumb_terminal_gets_no_escape_codes(
+    term: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", term)
+    out = Terminal()
+    screen = Screen(out)
+    screen.dim("text")
+    assert screen.is_terminal is expected
+    assert ("\x1b" in out.getvalue()) is expected
+
+
 def test_region_draws_nothing_into_a_pipe() -> None:
     out = io.StringIO()
     region = Screen(out).region()
