@@ -2,14 +2,13 @@
 
 A user's mistake (an option, a path, a value) costs one line on stderr and exit code 2; our other errors one
 line and the exit code of their class; Ctrl-C ends with 130 and a closed pipe with 141, both without a word.
-Modules that load NumPy or native code are imported by the commands that need them, so that `--help` answers
-at once.
+Modules that load NumPy, native code or asyncio are imported by the commands that need them, so that `--help`
+answers at once and Ctrl-C finds `main` already there to meet it.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import datetime
 import json
@@ -256,6 +255,7 @@ _Result = TypeVar("_Result")
 
 def _run_and_close(engine: Engine, work: Coroutine[Any, Any, _Result]) -> _Result:
     """Run the work in an event loop of its own; the engine is closed in that loop whatever happens."""
+    import asyncio
 
     async def run() -> _Result:
         try:
