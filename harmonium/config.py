@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Literal
 
@@ -58,16 +59,25 @@ class EngineConfig:
             raise ConfigError(f"weights is {self.weights!r}; expected 'int8' or 'bf16'")
         if self.isa is not None and self.isa not in ISA_NAMES:
             raise ConfigError(f"isa is {self.isa!r}; expected one of {', '.join(ISA_NAMES)}")
-        _check_range("context_length", self.context_length, 1, 1 << 24)
+        if not isinstance(self.prefix_cache, bool):
+            raise ConfigError(f"prefix_cache is {self.prefix_cache!r}; expected True or False")
         _check_range("max_sequences", self.max_sequences, 1, 4096)
         _check_range("max_batch_tokens", self.max_batch_tokens, 1, 65536)
         _check_range("max_queue", self.max_queue, 0, 1_000_000)
-        _check_range("threads", self.threads, 1, MAX_THREADS)
-        _check_range("memory_limit_bytes", self.memory_limit_bytes, 1, 1 << 60)
+        for name, value, high in (
+            ("context_length", self.context_length, 1 << 24),
+            ("threads", self.threads, MAX_THREADS),
+            ("memory_limit_bytes", self.memory_limit_bytes, 1 << 60),
+        ):
+            if value is not None:
+                _check_range(name, value, 1, high)
 
 
-def _check_range(name: str, value: int | None, low: int, high: int) -> None:
-    if value is not None and not low <= value <= high:
+def _check_range(name: str, value: int, low: int, high: int) -> None:
+    # NumPy's whole numbers are welcome; bool is an int to Python and no number to a user.
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ConfigError(f"{name} is {value!r}; expected a whole number from {low:,} to {high:,}")
+    if not low <= value <= high:
         raise ConfigError(f"{name} is {value:,}; expected {low:,} to {high:,}")
 
 

@@ -33,7 +33,7 @@ from harmonium.chat_events import ChatEvent, ChatResult
 from harmonium.continuation import Continuation, generate
 from harmonium.engine.local import LocalEngine
 from harmonium.engine.protocol import Engine, EngineInfo, Request, TokenEvent
-from harmonium.errors import EngineClosed, EngineError, RequestError
+from harmonium.errors import ConfigError, EngineClosed, EngineError, RequestError
 from harmonium.harmony.messages import Tool
 from harmonium.harmony.vocabulary import STOP_TOKEN_IDS, vocabulary
 from harmonium.llm_input import (
@@ -42,6 +42,7 @@ from harmonium.llm_input import (
     chat_request,
     engine_config,
     read_prompts,
+    read_sampling,
     read_token_ids,
 )
 from harmonium.model.batch import SamplingParams
@@ -75,6 +76,8 @@ class LLM:
         from harmonium.engine.create import create_engine  # here: only this needs the native kernels
 
         settings = engine_config(config)
+        if not isinstance(path, (str, os.PathLike)):
+            raise ConfigError(f"path is a {type(path).__name__}; expected the path of a checkpoint folder")
         folder = Path(path)
 
         async def create() -> Engine:
@@ -143,11 +146,11 @@ class LLM:
         settings of another length; PromptTooLong. When one request fails, the others are aborted.
         """
         listed = read_prompts(prompts)
-        if sampling is None or isinstance(sampling, SamplingParams):
-            sampling = [sampling or SamplingParams()] * len(listed)
-        if len(sampling) != len(listed):
-            raise RequestError(f"there are {len(listed):,} prompts and {len(sampling):,} sampling settings")
-        return self._loop.run(_generate_all(self._engine, listed, sampling, self._max_at_once))
+        each: list[Any] = list(sampling) if isinstance(sampling, (list, tuple)) else [sampling] * len(listed)
+        if len(each) != len(listed):
+            raise RequestError(f"there are {len(listed):,} prompts and {len(each):,} sampling settings")
+        settings = [read_sampling(one) for one in each]
+        return self._loop.run(_generate_all(self._engine, listed, settings, self._max_at_once))
 
     def stream_tokens(self, prompt: Prompt, sampling: SamplingParams | None = None) -> Iterator[TokenEvent]:
         """Continue one prompt, token by token; leaving the loop aborts the request.
@@ -157,7 +160,7 @@ class LLM:
         request = Request(
             f"tokens-{uuid.uuid4().hex}",
             read_token_ids(prompt, "prompt"),
-            sampling or SamplingParams(),
+            read_sampling(sampling),
             stop_token_ids=STOP_TOKEN_IDS,
         )
         return self._iterate(_token_events(self._engine, request))
@@ -166,10 +169,10 @@ class LLM:
         self,
         messages: ChatMessages,
         *,
-        tools: Sequence[Mapping[str, Any] | Tool] = (),
+        tools: Sequence[Mapping[str, Any] | Tool] | None = None,
         reasoning_effort: str = "medium",
         instructions: str | None = None,
-        builtin_tools: Sequence[str] = (),
+        builtin_tools: Sequence[str] | None = None,
         current_date: str | None = None,
         sampling: SamplingParams | None = None,
     ) -> ChatResult:
@@ -197,10 +200,10 @@ class LLM:
         self,
         messages: ChatMessages,
         *,
-        tools: Sequence[Mapping[str, Any] | Tool] = (),
+        tools: Sequence[Mapping[str, Any] | Tool] | None = None,
         reasoning_effort: str = "medium",
         instructions: str | None = None,
-        builtin_tools: Sequence[str] = (),
+        builtin_tools: Sequence[str] | None = None,
         current_date: str | None = None,
         sampling: SamplingParams | None = None,
     ) -> Iterator[ChatEvent]:

@@ -7,6 +7,7 @@ import datetime
 import difflib
 import operator
 from collections.abc import Mapping, Sequence
+from types import NoneType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -40,23 +41,22 @@ def engine_config(settings: Mapping[str, Any]) -> EngineConfig:
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(f"no setting {name!r}{hint} (there are {', '.join(known)})")
     merged: dict[str, Any] = {**environment_config(), **settings}
-    try:
-        return EngineConfig(**merged)
-    except TypeError:
-        shown = ", ".join(f"{name}={value!r}" for name, value in merged.items())
-        raise ConfigError(f"a setting has a value of the wrong type: {shown}") from None
+    return EngineConfig(**merged)
 
 
 def chat_request(
     messages: ChatMessages,
-    tools: Sequence[Mapping[str, Any] | Tool],
+    tools: Sequence[Mapping[str, Any] | Tool] | None,
     effort: str,
     instructions: str | None,
-    builtin_tools: Sequence[str],
+    builtin_tools: Sequence[str] | None,
     current_date: str | None,
     sampling: SamplingParams | None,
 ) -> ChatRequest:
     """The request of `LLM.chat`. Raises HarmonyError for what cannot be expressed."""
+    if not isinstance(instructions, (str, NoneType)) or not isinstance(current_date, (str, NoneType)):
+        raise HarmonyError("instructions and current_date are text or None")
+    tools, builtin_tools = tools or (), builtin_tools or ()
     history, leading = _history(messages, builtin_tools)
     today = datetime.date.today().isoformat()
     conversation = Conversation(
@@ -67,10 +67,21 @@ def chat_request(
         reasoning_effort=reasoning_effort(effort),
         current_date=today if current_date is None else current_date or None,
     )
-    return ChatRequest(conversation, sampling or SamplingParams())
+    return ChatRequest(conversation, read_sampling(sampling))
+
+
+def read_sampling(sampling: SamplingParams | None) -> SamplingParams:
+    """The settings, or the defaults for None. Raises RequestError for anything else."""
+    if sampling is None:
+        return SamplingParams()
+    if not isinstance(sampling, SamplingParams):
+        raise RequestError(f"sampling is a {type(sampling).__name__}; expected SamplingParams")
+    return sampling
 
 
 def _tools(tools: Sequence[Mapping[str, Any] | Tool]) -> tuple[Tool, ...]:
+    if not isinstance(tools, Sequence) or isinstance(tools, (str, bytes, bytearray)):
+        raise HarmonyError(f"tools is a {type(tools).__name__}; expected a list of tools")
     # Those that are Tool already stand in for themselves by name, so that an error gives the right index.
     read = tools_from_chat([{"name": tool.name} if isinstance(tool, Tool) else tool for tool in tools])
     return tuple(
@@ -82,6 +93,8 @@ def _history(messages: ChatMessages, builtin_tools: Sequence[str]) -> tuple[tupl
     """Harmony messages, and the instructions that stood before them."""
     if isinstance(messages, str):
         return (Message("user", messages),), None
+    if not isinstance(messages, Sequence) or isinstance(messages, (bytes, bytearray)):
+        raise HarmonyError(f"messages is a {type(messages).__name__}; expected text or a list of messages")
     harmony = [message for message in messages if isinstance(message, Message)]
     if harmony and len(harmony) < len(messages):
         raise HarmonyError("messages mixes Message objects with dictionaries; expected one kind")

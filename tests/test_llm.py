@@ -223,8 +223,10 @@ def test_wrong_paths_and_settings_are_errors_of_our_tree(tmp_path: Path) -> None
         LLM(tmp_path)
     with pytest.raises(ConfigError, match=r"no setting .thread.; did you mean threads\?"):
         LLM(tmp_path, thread=2)
-    with pytest.raises(ConfigError, match=r"wrong type: .*threads=.two."):
+    with pytest.raises(ConfigError, match=r"threads is 'two'; expected a whole number from 1 to 256"):
         LLM(tmp_path, threads="two")
+    with pytest.raises(ConfigError, match="path is a NoneType"):
+        LLM(None)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="context_length is 0"):
         LLM(tmp_path, context_length=0)
 
@@ -395,3 +397,32 @@ def test_closing_ends_what_other_threads_wait_for() -> None:
         played.llm.close()
         with pytest.raises((EngineClosed, EngineError)):
             waiting.result(10)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda llm: llm.chat(None),
+        lambda llm: llm.chat(5),
+        lambda llm: llm.chat({"role": "user", "content": "x"}),
+        lambda llm: llm.chat("x", tools=5),
+        lambda llm: llm.chat("x", tools={"name": "f"}),
+        lambda llm: llm.chat("x", instructions=5),
+        lambda llm: llm.chat("x", current_date=5),
+        lambda llm: llm.chat("x", sampling={"seed": 1}),
+        lambda llm: list(llm.stream(5)),
+        lambda llm: llm.generate("x", 5),
+        lambda llm: llm.generate(["x"], [None, None]),
+        lambda llm: llm.generate(["x"], {"max_tokens": 5}),
+        lambda llm: list(llm.stream_tokens("x", 5)),
+    ],
+)
+def test_argument_of_a_wrong_type_is_an_error_of_our_tree(call: Any) -> None:
+    with Scripted(ANSWER).llm as llm, pytest.raises((HarmonyError, RequestError)):
+        call(llm)
+
+
+def test_none_means_no_tools_and_the_default_settings() -> None:
+    with Scripted(ANSWER, ANSWER).llm as llm:
+        assert llm.chat("Hi", tools=None, builtin_tools=None, sampling=None).content == "Hello there"
+        assert len(llm.generate(["Hi"], [None])) == 1

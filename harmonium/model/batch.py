@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 
 import numpy as np
 import numpy.typing as npt
@@ -49,7 +50,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, 0.0, 100.0)
-        _check("top_k", self.top_k, 0, 1 << 30)
+        _check_whole("top_k", self.top_k, 0, 1 << 30)
         _check("top_p", self.top_p, 0.0, 1.0)
         _check("min_p", self.min_p, 0.0, 1.0)
         _check("presence_penalty", self.presence_penalty, -2.0, 2.0)
@@ -58,18 +59,27 @@ class SamplingParams:
         if self.top_p == 0.0:
             raise RequestError("top_p is 0; expected more than 0, at most 1")
         if self.seed is not None:
-            _check("seed", self.seed, -(1 << 63), (1 << 64) - 1)
+            _check_whole("seed", self.seed, -(1 << 63), (1 << 64) - 1)
         if self.logprobs is not None:
-            _check("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
+            _check_whole("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
         if self.max_tokens is not None:
-            _check("max_tokens", self.max_tokens, 1, 1 << 30)
+            _check_whole("max_tokens", self.max_tokens, 1, 1 << 30)
+        if not isinstance(self.logit_bias, Mapping):
+            raise RequestError(f"logit_bias is {self.logit_bias!r}; expected token ids with their biases")
         for token, bias in self.logit_bias.items():
-            _check("logit_bias token id", token, 0, (1 << 31) - 1)
+            _check_whole("logit_bias token id", token, 0, (1 << 31) - 1)
             _check(f"logit_bias of token {token}", bias, -100.0, 100.0)
 
 
 def _check(name: str, value: float, low: float, high: float) -> None:
-    # The comparison is written so that NaN fails it.
+    # bool is a number to Python and none to a user. The comparison is written so that NaN fails it.
+    if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
+        raise RequestError(f"{name} is {value!r}; expected {low} to {high}")
+
+
+def _check_whole(name: str, value: int, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise RequestError(f"{name} is {value!r}; expected a whole number from {low} to {high}")
     if not low <= value <= high:
         raise RequestError(f"{name} is {value}; expected {low} to {high}")
 
