@@ -46,6 +46,9 @@ def add_serving(parser: argparse.ArgumentParser) -> None:
         help="under which name chat completions give the reasoning (default both)",
     )
     group.add_argument(
+        "--store", metavar="FILE", help="where responses are kept (SQLite); default: in memory until the end"
+    )
+    group.add_argument(
         "--engine", metavar="script:FILE", help="play answers from a file; no model is needed (docs/api.md)"
     )
     group.add_argument(

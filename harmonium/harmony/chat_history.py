@@ -159,19 +159,19 @@ class _Reader:
     def _tool_call(self, where: str, call: object) -> Message:
         if not isinstance(call, Mapping):
             raise HarmonyError(f"{where} is {_shown(call)}; expected an object")
-        if call.get("type", "function") != "function":
-            raise HarmonyError(f"{where}.type is {_shown(call['type'])}; expected 'function'")
-        function = call.get("function")
-        if not isinstance(function, Mapping):
-            raise HarmonyError(f"{where}.function is {_shown(function)}; expected an object")
-        name, arguments = function.get("name"), function.get("arguments", "")
+        kind = call.get("type", "function")
+        if kind not in ("function", "custom"):
+            raise HarmonyError(f"{where}.type is {_shown(kind)}; expected 'function' or 'custom'")
+        fields = call.get(kind)
+        if not isinstance(fields, Mapping):
+            raise HarmonyError(f"{where}.{kind} is {_shown(fields)}; expected an object")
+        name = fields.get("name")
         if not isinstance(name, str) or not name or name.split() != [name]:
-            raise HarmonyError(f"{where}.function.name is {_shown(name)}; expected a name without blanks")
-        if isinstance(arguments, Mapping):
-            arguments = json.dumps(arguments, ensure_ascii=False, separators=(",", ":"))
-        if not isinstance(arguments, str):
-            raise HarmonyError(f"{where}.function.arguments is {_shown(arguments)}; expected JSON as text")
-        message = self._call_message(name, arguments)
+            raise HarmonyError(f"{where}.{kind}.name is {_shown(name)}; expected a name without blanks")
+        if kind == "custom":
+            message = _custom_call(where, name, fields.get("input", ""))
+        else:
+            message = self._call_message(name, _arguments(where, fields.get("arguments", "")))
         call_id = call.get("id")
         if call_id is not None:
             if not isinstance(call_id, str):
@@ -208,6 +208,21 @@ class _Reader:
     def _flush_results(self) -> None:
         self._messages += [message for _, message in sorted(self._results, key=lambda pair: pair[0])]
         self._results.clear()
+
+
+def _arguments(where: str, arguments: object) -> str:
+    if isinstance(arguments, Mapping):
+        return json.dumps(arguments, ensure_ascii=False, separators=(",", ":"))
+    if not isinstance(arguments, str):
+        raise HarmonyError(f"{where}.function.arguments is {_shown(arguments)}; expected JSON as text")
+    return arguments
+
+
+def _custom_call(where: str, name: str, text: object) -> Message:
+    """A call whose arguments are free text: nothing says that it is JSON."""
+    if not isinstance(text, str):
+        raise HarmonyError(f"{where}.custom.input is {_shown(text)}; expected text")
+    return Message("assistant", text, channel="commentary", recipient=function_recipient(name))
 
 
 def _reasoning(where: str, message: Mapping[str, Any]) -> str:

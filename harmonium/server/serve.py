@@ -28,6 +28,7 @@ from harmonium.server.app import create_app
 from harmonium.server.config import Limits, ServerConfig
 from harmonium.server.logs import configure_logging
 from harmonium.server.state import ServerState
+from harmonium.server.store import ResponseStore
 
 _log = logging.getLogger("harmonium.server")
 
@@ -41,9 +42,10 @@ def serve(arguments: argparse.Namespace, engine_config: EngineConfig) -> int:
         print(f"harmonium: {remark}", file=sys.stderr)
     model, script = _source(arguments)
     configure_logging(arguments.log_format)
+    store = ResponseStore(arguments.store)
     listener = listen(config.host, config.port)
     state = ServerState(config)
-    server = DrainingServer(state, _uvicorn_config(state))
+    server = DrainingServer(state, _uvicorn_config(state, store))
     with listener:
         return asyncio.run(_run(server, listener, model, script, engine_config))
 
@@ -105,9 +107,9 @@ def listen(host: str, port: int) -> socket.socket:
         raise ConfigError(f"cannot listen on {host}, port {port}: {reason}") from None
 
 
-def _uvicorn_config(state: ServerState) -> uvicorn.Config:
+def _uvicorn_config(state: ServerState, store: ResponseStore) -> uvicorn.Config:
     return uvicorn.Config(
-        create_app(state),
+        create_app(state, store),
         log_config=None,
         access_log=False,
         server_header=False,
