@@ -36,6 +36,7 @@ from harmonium.harmony.messages import (
     function_name,
     function_recipient,
     reasoning_effort,
+    recorded_recipient,
 )
 from harmonium.harmony.parse import StreamParser, parse
 from harmonium.harmony.render import (
@@ -119,6 +120,7 @@ __all__ = [
     "opening_messages",
     "parse",
     "reasoning_effort",
+    "recorded_recipient",
     "render_message",
     "render_messages",
     "render_prompt",

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from harmonium.errors import HarmonyError
-from harmonium.harmony.messages import CONSTRAINED_JSON, Message, Tool, function_recipient
+from harmonium.harmony.messages import CONSTRAINED_JSON, Message, Tool, recorded_recipient
 from harmonium.harmony.render import instructions_text
 
 REASONING_FIELDS = ("reasoning", "reasoning_content", "thinking")
@@ -77,6 +77,8 @@ def _tool(index: int, tool: object) -> Tool:
     name, description, parameters = (function.get(key) for key in ("name", "description", "parameters"))
     if not isinstance(name, str) or not name or name.split() != [name]:
         raise HarmonyError(f"{where}.name is {_shown(name)}; expected a name without blanks")
+    if name.startswith("functions."):
+        raise HarmonyError(f"{where}.name is {_shown(name)}; expected it without the namespace `functions.`")
     if description is not None and not isinstance(description, str):
         raise HarmonyError(f"{where}.description is {_shown(description)}; expected text")
     if parameters is not None and not isinstance(parameters, Mapping):
@@ -187,7 +189,7 @@ class _Reader:
             "assistant",
             arguments,
             channel="commentary",
-            recipient=function_recipient(name),
+            recipient=recorded_recipient(name),
             content_type=CONSTRAINED_JSON,
         )
 

@@ -10,10 +10,17 @@ Source: openai/harmony:docs/format.md, "Receiving tool calls"; the malformed kin
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from harmonium.harmony.messages import CHANNELS, CONSTRAIN_NAME, ROLES
+from harmonium.harmony.messages import (
+    CHANNELS,
+    CONSTRAIN_NAME,
+    ROLES,
+    function_name,
+    function_recipient,
+)
 from harmonium.harmony.vocabulary import CHANNEL, CONSTRAIN, RETURN, Vocabulary
 
 
@@ -53,6 +60,7 @@ class Header:
 _ROLE = re.compile(r"(?:assistant)+$")
 _GLUED = re.compile(r"((?:assistant)+|analysis|commentary|final)(to=.*)", re.DOTALL)
 _TYPE_WORD = re.compile(r"[A-Za-z][A-Za-z0-9_./+-]*$")
+_GLUED_TO_NAME = re.compile(r"^(?:functions\.)+|(?:commentary|analysis|final|json|code)$")
 _NO_RECIPIENT = ("all", "user", "assistant")
 
 
@@ -231,7 +239,22 @@ class HeaderReader:
         elif recipient in _NO_RECIPIENT and recipient not in self._tool_names:
             header.problems.append(Problem("no_tool", f"to={recipient}"))
         else:
-            header.recipient = recipient
+            header.recipient = self._declared_recipient(header, recipient)
+
+    def _declared_recipient(self, header: Header, recipient: str) -> str:
+        """The recipient without what is glued to the name of a tool that was offered.
+
+        `functions.functions.f`, `functions.fcommentary` and `functions.fjson` mean f where there is an f and
+        no tool of the longer name.
+        """
+        name = function_name(recipient)
+        if is_offered(name, self._tool_names):
+            return recipient
+        meant = _GLUED_TO_NAME.sub("", name)
+        if meant not in self._tool_names:
+            return recipient
+        header.problems.append(Problem("glued_recipient", name.rpartition(meant)[2]))
+        return function_recipient(meant)
 
     def _is_tool(self, word: str) -> bool:
         return (word.startswith("functions.") and len(word) > 10) or word in self._tool_names
@@ -253,3 +276,8 @@ def _words(header: Header, text: str) -> list[str]:
             header.problems.append(Problem("glued_recipient", ""))
         words += glued.groups() if glued else [word]
     return words
+
+
+def is_offered(name: str, tool_names: Collection[str]) -> bool:
+    """Whether a tool is among those offered: by its own name, or by that of its namespace."""
+    return name in tool_names or name.split(".")[0] in tool_names

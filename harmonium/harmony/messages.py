@@ -5,6 +5,7 @@ Source: openai/harmony:docs/format.md.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -115,6 +116,18 @@ def _check_names(field: str, names: list[str]) -> None:
 def function_recipient(name: str) -> str:
     """The recipient of a call of the declared function `name`."""
     return f"functions.{name}"
+
+
+def recorded_recipient(name: str) -> str:
+    """The recipient of a call that a client's history holds.
+
+    Other servers leave the namespace, or a glued `<|channel|>commentary`, in the name. The model repeats what
+    it reads, so both are dropped; what they leave nothing of stays.
+    """
+    return function_recipient(_LEFT_IN_NAMES.sub("", name) or name)
+
+
+_LEFT_IN_NAMES = re.compile(r"^(?:functions\.)+|<\|(?:channel|constrain|message)\|>.*$", re.DOTALL)
 
 
 def function_name(recipient: str) -> str:

@@ -25,7 +25,7 @@ from harmonium.harmony.events import (
     ToolCall,
     collect,
 )
-from harmonium.harmony.header import Header, HeaderReader, Problem
+from harmonium.harmony.header import Header, HeaderReader, Problem, is_offered
 from harmonium.harmony.messages import Message, function_name
 from harmonium.harmony.vocabulary import (
     CALL,
@@ -225,7 +225,7 @@ class StreamParser:
         self._index += 1
         self._body = _Body(kind, header)
         name = None if header.recipient is None else function_name(header.recipient)
-        is_declared = name is None or self._tool_names is None or self._is_offered(name)
+        is_declared = name is None or self._tool_names is None or is_offered(name, self._tool_names)
         if not is_declared:
             self._events.append(Diagnostic("undeclared_tool", "", ()))
         self._events.append(
@@ -233,10 +233,6 @@ class StreamParser:
                 self._index, kind, _channel(header), header.recipient, header.content_type, name, is_declared
             )
         )
-
-    def _is_offered(self, name: str) -> bool:
-        assert self._tool_names is not None, "asked only when tools are known"
-        return name in self._tool_names or name.split(".")[0] in self._tool_names
 
     def _close(self, token_id: int | None) -> None:
         """End the message that is open. token_id: the token that does it; None: the stream broke off."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from harmonium.errors import RequestError
-from harmonium.harmony.messages import CONSTRAINED_JSON, Message, Role, function_recipient
+from harmonium.harmony.messages import CONSTRAINED_JSON, Message, Role, recorded_recipient
 from harmonium.harmony.render import instructions_text
 from harmonium.server.responses_seal import Seal
 from harmonium.server.responses_tools import declared_name
@@ -230,7 +230,7 @@ class _Reader:
             raise RequestError(
                 f"{where}.{'input' if is_custom else 'arguments'} is {_shown(payload)}; expected text"
             )
-        recipient = function_recipient(declared_name(name, _optional_text(where, item, "namespace")))
+        recipient = recorded_recipient(declared_name(name, _optional_text(where, item, "namespace")))
         content_type = None if is_custom else CONSTRAINED_JSON
         return Message(
             "assistant", payload, channel="commentary", recipient=recipient, content_type=content_type

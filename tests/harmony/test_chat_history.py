@@ -243,6 +243,19 @@ def test_nonsense_is_refused_with_place_and_value(message: Any, complaint: str) 
         messages_from_chat([{"role": "user", "content": "fine"}, message])
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["f", "functions.f", "functions.functions.f", "f<|channel|>commentary", "functions.f<|constrain|>json"],
+)
+def test_name_that_another_server_soiled_is_replayed_clean(name: str) -> None:
+    """The model repeats what it reads: a glued marker in the history would snowball."""
+    called = {"role": "assistant", "tool_calls": [tool_call(name)]}
+    result = {"role": "tool", "tool_call_id": tool_call(name)["id"], "content": "x"}
+    messages = messages_from_chat([called, result]).messages
+    assert messages[0].recipient == "functions.f"
+    assert messages[1].name == "functions.f"
+
+
 def test_messages_that_are_no_list_are_refused() -> None:
     with pytest.raises(HarmonyError, match="messages is 'hi'; expected a list"):
         messages_from_chat("hi")  # type: ignore[arg-type]
@@ -268,6 +281,7 @@ def test_tools_come_nested_or_flat() -> None:
         ({"type": "function", "function": "f"}, r"tools\[0\].function is 'f'"),
         ({"type": "function", "function": {}}, r"tools\[0\].name is missing"),
         ({"type": "function", "function": {"name": "a\nb"}}, r"tools\[0\].name is 'a\\nb'"),
+        ({"type": "function", "function": {"name": "functions.f"}}, r"without the namespace"),
         ({"type": "function", "function": {"name": "f", "description": 3}}, r"tools\[0\].description is 3"),
         ({"type": "function", "function": {"name": "f", "parameters": "x"}}, r"tools\[0\].parameters is 'x'"),
     ],

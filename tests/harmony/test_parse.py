@@ -265,6 +265,33 @@ def test_recipient_is_found_wherever_it_stands(tokens: Tokens, header: str) -> N
     assert calls(parse(tokens(f"{header}<|message|>{{}}<|call|>"))) == [("f", "{}")]
 
 
+@pytest.mark.parametrize(
+    ("recipient", "glued"),
+    [
+        ("functions.query_dbcommentary", "commentary"),
+        ("functions.query_dbjson", "json"),
+        ("query_dbcode", "code"),
+        ("functions.functions.query_db", ""),
+        ("functions.functions.functions.query_dbanalysis", "analysis"),
+    ],
+)
+def test_words_glued_to_an_offered_name_are_cut_off(tokens: Tokens, recipient: str, glued: str) -> None:
+    text = f"<|channel|>commentary to={recipient} <|constrain|>json<|message|>{{}}<|call|>"
+    turn = parse(tokens(text), tool_names=["query_db", "query"])
+    assert calls(turn) == [("query_db", "{}")]
+    assert turn.tool_calls[0].is_declared
+    assert codes(turn) == ["glued_recipient"]
+    assert turn.diagnostics[0].text == glued
+    assert "to=functions.query_db <|constrain|>" in vocabulary().decode(render_messages(turn.messages))
+
+
+@pytest.mark.parametrize("name", ["query", "query_db", "query_dbjson", "browser.opencode", "other_json"])
+def test_name_that_is_offered_or_wholly_unknown_is_left_alone(tokens: Tokens, name: str) -> None:
+    text = f"<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>{{}}<|call|>"
+    turn = parse(tokens(text), tool_names=["query", "query_db", "query_dbjson", "browser"])
+    assert calls(turn) == [(name, "{}")]
+
+
 @pytest.mark.parametrize("recipient", ["all", "user", "assistant"])
 def test_message_to_everybody_is_no_call(tokens: Tokens, recipient: str) -> None:
     turn = parse(tokens(f"<|channel|>final to={recipient}<|message|>hi<|return|>"))
