@@ -224,7 +224,7 @@ def _custom_call(where: str, name: str, text: object) -> Message:
     """A call whose arguments are free text: nothing says that it is JSON."""
     if not isinstance(text, str):
         raise HarmonyError(f"{where}.custom.input is {_shown(text)}; expected text")
-    return Message("assistant", text, channel="commentary", recipient=function_recipient(name))
+    return Message("assistant", text, channel="commentary", recipient=recorded_recipient(name))
 
 
 def _reasoning(where: str, message: Mapping[str, Any]) -> str:
