@@ -183,25 +183,35 @@ struct Chunk {
   int count;
 };
 
+// Ends of the runs of neighboring tiles that make the tasks: a kernel prefetches the rows that follow, so long runs
+// read best. Few tokens are bound by memory: runs shrink towards the end, so that the threads end together. Many are
+// bound by arithmetic and by what stays in L2: short runs throughout.
+std::vector<std::int64_t> run_ends(std::int64_t num_tiles, bool is_few) {
+  constexpr std::int64_t kLongest = 16, kShortest = 2, kManyLongest = 4;
+  std::vector<std::int64_t> ends;
+  const std::int64_t even = std::clamp<std::int64_t>(num_tiles / (32 * num_threads()), 1, kManyLongest);
+  for (std::int64_t done = 0; done < num_tiles;) {
+    const std::int64_t left = num_tiles - done;
+    const std::int64_t run = is_few ? std::clamp(left / (4 * num_threads()), kShortest, kLongest) : even;
+    done += std::min(run, left);
+    ends.push_back(done);
+  }
+  return ends;
+}
+
 // Call use(chunk, first output, number of outputs, tile) for every tile of the products of all chunks.
 template <typename Use>
 void for_each_tile(const Weight& weight, const std::vector<Chunk>& chunks, const Rows& x, const std::int32_t* token,
                    const Use& use) {
   const std::int64_t tiles = ceil_div(weight.num_outputs, kTileRows);
-  const std::int64_t num_chunks = static_cast<std::int64_t>(chunks.size());
-  // Neighboring tiles make one task, since a kernel prefetches the rows that follow. Few tokens are bound by memory
-  // and want long runs; many are bound by arithmetic and want tasks so small that the threads end together.
-  const bool few = !chunks.empty() && chunks.front().count <= 8;
-  const std::int64_t tasks_per_thread = few ? 16 : 32, longest = few ? 16 : 4;
-  const std::int64_t run =
-      std::clamp<std::int64_t>(tiles * num_chunks / (tasks_per_thread * num_threads()), 1, longest);
-  const std::int64_t tasks = ceil_div(tiles, run);
+  const bool is_few = !chunks.empty() && chunks.front().count <= 8;
+  const auto ends = run_ends(tiles * static_cast<std::int64_t>(chunks.size()), is_few);
   std::atomic<bool> out_of_memory{false};
-  parallel(tasks * num_chunks, [&](std::int64_t task, int thread) {
-    const Chunk& chunk = chunks[task / tasks];
-    const std::int64_t end = std::min(weight.num_outputs, (task % tasks + 1) * run * kTileRows);
-    for (std::int64_t first = task % tasks * run * kTileRows; first < end; first += kTileRows) {
-      const int num_rows = static_cast<int>(std::min<std::int64_t>(kTileRows, end - first));
+  parallel(static_cast<std::int64_t>(ends.size()), [&](std::int64_t task, int thread) {
+    for (std::int64_t at = task ? ends[task - 1] : 0; at < ends[task]; ++at) {
+      const Chunk& chunk = chunks[at / tiles];
+      const std::int64_t first = at % tiles * kTileRows;
+      const int num_rows = static_cast<int>(std::min<std::int64_t>(kTileRows, weight.num_outputs - first));
       const float* tile = product(weight, chunk.expert, first, num_rows, x, token + chunk.begin, chunk.count, thread);
       if (tile)
         use(chunk, first, num_rows, tile);

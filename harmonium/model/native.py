@@ -76,7 +76,7 @@ class NativeRunner:
         _check_sizes(config)
         self._max_batch_tokens = max_batch_tokens
         self._weights: ModelWeights | None = load_weights(checkpoint, weights, progress)
-        self._reader = Reader(self._weights.mapped())
+        self._reader = Reader(self._weights.mapped(), self._weights.embedding_VD)
         self._frequencies = inverse_frequencies(config.rope, config.head_size)
         self._attention_factor = attention_factor(config.rope)
         self._scratch: _Scratch | None = _take_scratch(config, max_batch_tokens)
