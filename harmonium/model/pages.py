@@ -41,9 +41,7 @@ class Reader:
     of a read-ahead.
     """
 
-    def __init__(
-        self, arrays: Iterable[npt.NDArray[Any]], gathered: npt.NDArray[Any] | None = None
-    ) -> None:
+    def __init__(self, arrays: Iterable[npt.NDArray[Any]], gathered: npt.NDArray[Any] | None = None) -> None:
         self._arrays = list(arrays)
         self._gathered = gathered
         if gathered is not None:
