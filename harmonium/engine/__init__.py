@@ -6,7 +6,7 @@
 from harmonium.engine.local import LocalEngine
 from harmonium.engine.protocol import Engine, EngineInfo, FinishReason, Request, Token, TokenEvent
 from harmonium.engine.scripted import Script, ScriptedEngine
-from harmonium.engine.worker import EngineStatistics
+from harmonium.engine.statistics import EngineStatistics
 
 __all__ = [
     "Engine",

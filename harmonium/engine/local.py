@@ -18,7 +18,8 @@ from harmonium.engine.protocol import EngineInfo, Request, Token, TokenEvent
 from harmonium.engine.scheduler import Scheduler
 from harmonium.engine.scores import PromptScores
 from harmonium.engine.sequence import LogitsSink, Sequence
-from harmonium.engine.worker import EngineStatistics, Stream, Worker
+from harmonium.engine.statistics import EngineStatistics
+from harmonium.engine.worker import Stream, Worker
 from harmonium.errors import ConfigError, EngineClosed, EngineError, PromptTooLong, RequestError
 from harmonium.model.runner import Runner
 

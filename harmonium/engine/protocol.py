@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
+from harmonium.engine.constraint import Constraint
 from harmonium.model.batch import SamplingParams
 
 FinishReason = Literal["stop", "length", "aborted", "error"]
@@ -30,7 +31,9 @@ class Request:
 
     token_ids: the prompt, at least one token. stop_token_ids: the answer ends after one of these; for Harmony
     these are <|return|> and <|call|>. max_tokens None: until the context is full. cache_salt: sequences share
-    cached prefixes only with the same salt.
+    cached prefixes only with the same salt. constraint: which tokens may come; None: any. Tokens that it
+    forces are appended without sampling (log-probability 0: there was no other), and the answer ends with
+    "stop" when it is complete.
     """
 
     request_id: str
@@ -38,6 +41,7 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop_token_ids: frozenset[int] = frozenset()
     cache_salt: str = ""
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True, slots=True)

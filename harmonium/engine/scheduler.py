@@ -15,8 +15,8 @@ import numpy as np
 
 from harmonium.engine.blocks import PagedCache
 from harmonium.engine.protocol import FinishReason
-from harmonium.engine.sequence import Sequence
-from harmonium.model.batch import Batch, RowSampling, SampledToken, StepResult
+from harmonium.engine.sequence import Advance, Sequence
+from harmonium.model.batch import Batch, RowSampling, StepResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +34,14 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What a step did for one sequence that got a token or ended."""
+    """What a step did for one sequence that got tokens or ended."""
 
     sequence: Sequence
-    token: SampledToken | None
-    finish_reason: FinishReason | None
+    advance: Advance
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return self.advance.finish_reason
 
 
 class Scheduler:
@@ -158,11 +161,11 @@ class Scheduler:
                 assert result.logits_RV is not None
                 sequence.returned_logits.append(result.logits_RV[first_row:row].copy())
                 if is_last:
-                    progress.append(Progress(sequence, None, "length"))
+                    progress.append(Progress(sequence, Advance((), "length")))
             elif is_last:
                 token = result.tokens[first_row]
                 assert token is not None
-                progress.append(Progress(sequence, token, sequence.append(token.token_id)))
+                progress.append(Progress(sequence, sequence.take(token)))
         for done in progress:
             if done.finish_reason is not None:
                 self.remove(done.sequence)

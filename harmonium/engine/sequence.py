@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import struct
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Protocol
 
@@ -11,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from harmonium.engine.blocks import Lease
+from harmonium.engine.constraint import ConstraintState
 from harmonium.engine.protocol import FinishReason, Request
-from harmonium.model.batch import RowSampling, SamplingParams
+from harmonium.model.batch import RowSampling, SampledToken, SamplingParams
 
 _GROWTH = 256
 """Token ids that a sequence's array has room for beyond its prompt at first; it doubles from there."""
@@ -65,6 +67,14 @@ class AnswerCounts:
         return self._counts[: len(self._place_of)]
 
 
+@dataclass(frozen=True, slots=True)
+class Advance:
+    """The tokens that a sequence got, and why it ended with them, or None."""
+
+    tokens: tuple[SampledToken, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
 class Sequence:
     """A request's tokens and where it stands. Compared by identity.
 
@@ -72,12 +82,13 @@ class Sequence:
     came from the prefix cache when it first ran. lease: what it holds of the cache, None while it waits.
     blocked_at: the pool's release count when it last found no room (see Scheduler). chunk_limit: most tokens
     that one step computes of it. returned_logits: None, or what takes float32 [t, V] pieces, all its
-    positions' logits; nothing is sampled then.
+    positions' logits; nothing is sampled then. error: what its constraint raised, which ended it.
     """
 
     __slots__ = (
-        "_counts", "_prompt_token_ids", "_token_ids", "blocked_at", "chunk_limit", "lease", "max_total",
-        "num_cached_tokens", "num_prompt", "num_tokens", "request", "returned_logits", "seed",
+        "_constraint", "_counts", "_mask", "_prompt_token_ids", "_token_ids", "blocked_at", "chunk_limit",
+        "error", "lease", "max_total", "num_cached_tokens", "num_prompt", "num_tokens", "request",
+        "returned_logits", "seed",
     )  # fmt: skip
 
     def __init__(
@@ -104,6 +115,9 @@ class Sequence:
         self.returned_logits = logits_sink
         self._prompt_token_ids = np.unique(self.token_ids) if params.repetition_penalty != 1.0 else None
         self._counts = AnswerCounts() if _has_penalty(params) else None
+        self._constraint: ConstraintState | None = None
+        self._mask: npt.NDArray[np.uint32] | None = None
+        self.error: Exception | None = None
 
     @property
     def token_ids(self) -> npt.NDArray[np.int32]:
@@ -120,8 +134,59 @@ class Sequence:
         """Tokens that the next logits wait for: 1 in decode, more in prefill."""
         return self.num_tokens - self.num_computed
 
+    def begin(self) -> Advance:
+        """Start the constraint: the tokens that it forces at the very beginning."""
+        if self.request.constraint is None:
+            return Advance()
+        tokens: list[SampledToken] = []
+        try:
+            self._constraint = self.request.constraint.start()
+            reason = self._append_forced(self._constraint, tokens)
+        except Exception as error:
+            self.error, reason = error, "error"
+        return Advance(tuple(tokens), reason)
+
+    def take(self, token: SampledToken) -> Advance:
+        """Take the token that was sampled, and those that its constraint forces behind it."""
+        tokens = [token]
+        reason = self.append(token.token_id)
+        state, self._mask = self._constraint, None
+        if state is not None and reason is None:
+            try:
+                state.advance(token.token_id)
+                reason = self._append_forced(state, tokens)
+            except Exception as error:
+                self.error, reason = error, "error"
+        return Advance(tuple(tokens), reason)
+
+    def prepare_mask(self) -> bool:
+        """Work out which tokens may come next; False when the constraint raised, which ends the sequence."""
+        if self._constraint is not None:
+            try:
+                self._mask = self._constraint.mask()
+            except Exception as error:
+                self.error = error
+                return False
+        return True
+
+    def _append_forced(self, state: ConstraintState, tokens: list[SampledToken]) -> FinishReason | None:
+        """Append what must come, and list it in `tokens`; why the sequence ends with it, or None."""
+        wanted = self.request.sampling.logprobs
+        while not state.is_complete:
+            forced = state.forced_tokens()
+            if not forced:
+                return None
+            for token_id in forced:
+                reason = self.append(token_id)
+                logprob = None if wanted is None else 0.0
+                tokens.append(SampledToken(token_id, logprob, ((token_id, 0.0),) if wanted else ()))
+                if reason is not None:
+                    return reason
+                state.advance(token_id)
+        return "stop"
+
     def append(self, token_id: int) -> FinishReason | None:
-        """Take the next token of the answer; why the sequence ends with it, or None."""
+        """Add a token to the answer; why the sequence ends with it, or None."""
         if self.num_tokens == len(self._token_ids):
             room = min(2 * self.num_tokens, self.max_total)
             self._token_ids = np.concatenate([self._token_ids, np.zeros(room - self.num_tokens, np.int32)])
@@ -142,6 +207,7 @@ class Sequence:
             prompt_token_ids=self._prompt_token_ids,
             answer_token_ids=counts.token_ids if counts is not None else None,
             answer_counts=counts.counts if counts is not None else None,
+            allowed_mask=self._mask,
         )
 
 

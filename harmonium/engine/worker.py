@@ -5,44 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections import Counter
-from dataclasses import dataclass, field
 from typing import Literal
 
 from harmonium.engine.protocol import FinishReason, Token, TokenEvent
 from harmonium.engine.scheduler import Chunk, Progress, Scheduler, build_batch
-from harmonium.engine.sequence import Sequence
+from harmonium.engine.sequence import Advance, Sequence
+from harmonium.engine.statistics import EngineStatistics
 from harmonium.errors import EngineBusy, EngineClosed
 from harmonium.model.batch import SampledToken, StepResult
 from harmonium.model.runner import Runner
 
 _log = logging.getLogger("harmonium.engine")
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStatistics:
-    """What an engine holds now and did so far; consistent, taken between two steps.
-
-    waiting counts the preempted too. num_prefill_tokens counts computed prompt tokens (again after a
-    preemption), num_answer_tokens sampled ones. num_cached_tokens: tokens not computed because their blocks
-    were cached, in num_prefix_hits resumptions. finished: how many requests ended for each reason.
-    """
-
-    running: int = 0
-    waiting: int = 0
-    full_blocks_free: int = 0
-    full_blocks_cached: int = 0
-    full_blocks_used: int = 0
-    window_blocks_free: int = 0
-    window_blocks_cached: int = 0
-    window_blocks_used: int = 0
-    num_steps: int = 0
-    num_prefill_tokens: int = 0
-    num_answer_tokens: int = 0
-    num_cached_tokens: int = 0
-    num_prefix_hits: int = 0
-    num_preemptions: int = 0
-    finished: dict[FinishReason, int] = field(default_factory=dict)
 
 
 class Stream:
@@ -89,7 +64,8 @@ class Worker:
         self._defect: BaseException | None = None
         # Of the thread alone:
         self._finished: Counter[FinishReason] = Counter()
-        self._num_steps = self._num_prefill_tokens = self._num_answer_tokens = 0
+        self._num_steps = self._num_prefill_tokens = self._num_answer_tokens = self._num_forced_tokens = 0
+        self._constraint_seconds = 0.0
         self._publish()
         self._thread = threading.Thread(target=self._run, name="harmonium-engine", daemon=True)
         self._thread.start()
@@ -156,7 +132,11 @@ class Worker:
                 aborted, self._aborted = self._aborted, []
                 is_closing = self._state == "closing"
             for sequence in arrived:
-                scheduler.add(sequence)
+                if sequence in aborted:
+                    aborted.remove(sequence)
+                    self._finished["aborted"] += 1
+                else:
+                    self._begin(sequence)
             for sequence in aborted:
                 scheduler.remove(sequence)
                 self._finished["aborted"] += 1
@@ -164,8 +144,19 @@ class Worker:
                 return not is_closing
             self._publish()
 
+    def _begin(self, sequence: Sequence) -> None:
+        """Queue a sequence; its constraint may have its first tokens, or its end, ready."""
+        first = sequence.begin()
+        self._num_forced_tokens += len(first.tokens)
+        if first.finish_reason is None:
+            self._scheduler.add(sequence)
+        if first.tokens or first.finish_reason is not None:
+            self._send([(sequence, _event(Progress(sequence, first)))])
+
     def _step(self) -> None:
-        chunks = self._scheduler.schedule()
+        chunks = self._with_masks(self._scheduler.schedule())
+        if not chunks:
+            return
         self._num_steps += 1
         try:
             result = self._compute(chunks)
@@ -173,6 +164,21 @@ class Worker:
             self._retry_alone(chunks, error)
             return
         self._commit(chunks, result)
+
+    def _with_masks(self, chunks: list[Chunk]) -> list[Chunk]:
+        """The chunks, those that get a token with their masks; one whose constraint raises ends alone."""
+        constrained = [
+            chunk for chunk in chunks if chunk.is_last and chunk.sequence.request.constraint is not None
+        ]
+        if not constrained:
+            return chunks
+        start = time.perf_counter()
+        failed = [chunk for chunk in constrained if not chunk.sequence.prepare_mask()]
+        self._constraint_seconds += time.perf_counter() - start
+        for chunk in failed:
+            self._scheduler.remove(chunk.sequence)
+            self._send([(chunk.sequence, _event(Progress(chunk.sequence, Advance((), "error"))))])
+        return [chunk for chunk in chunks if chunk not in failed]
 
     def _compute(self, chunks: list[Chunk]) -> StepResult:
         batch = build_batch(chunks, self._scheduler.cache)
@@ -207,7 +213,9 @@ class Worker:
             for chunk in chunks
         )
         progress = self._scheduler.commit(chunks, result)
-        self._num_answer_tokens += sum(item.token is not None for item in progress)
+        for tokens in (item.advance.tokens for item in progress if item.advance.tokens):
+            self._num_answer_tokens += 1
+            self._num_forced_tokens += len(tokens) - 1
         self._send([(item.sequence, _event(item)) for item in progress])
 
     def _send(self, events: list[tuple[Sequence, TokenEvent]]) -> None:
@@ -268,6 +276,8 @@ class Worker:
             num_steps=self._num_steps,
             num_prefill_tokens=self._num_prefill_tokens,
             num_answer_tokens=self._num_answer_tokens,
+            num_forced_tokens=self._num_forced_tokens,
+            constraint_seconds=self._constraint_seconds,
             num_cached_tokens=scheduler.num_cached_tokens,
             num_prefix_hits=scheduler.num_prefix_hits,
             num_preemptions=scheduler.num_preemptions,
@@ -281,8 +291,12 @@ def _push_all(items: list[tuple[Stream, TokenEvent]]) -> None:
 
 
 def _event(progress: Progress) -> TokenEvent:
-    tokens = (_token(progress.token),) if progress.token is not None else ()
-    return TokenEvent(tokens, progress.finish_reason, progress.sequence.num_cached_tokens or 0)
+    sequence, advance = progress.sequence, progress.advance
+    tokens = tuple(_token(token) for token in advance.tokens)
+    if sequence.error is not None and advance.finish_reason == "error":
+        _log.error("a constraint failed: %s", _describe(sequence.error), exc_info=sequence.error)
+    error = None if sequence.error is None else _describe(sequence.error)
+    return TokenEvent(tokens, advance.finish_reason, sequence.num_cached_tokens or 0, error)
 
 
 def _token(token: SampledToken) -> Token:

@@ -47,8 +47,8 @@ class TurnRules:
     be called (one: a named choice), None: all. max_calls: calls in the turn. answer: format of the final
     answer. inputs: formats of tools that take text rather than JSON, by name; a tool whose parameters are
     {"type": "string"}, as custom tools are declared in prompts, takes free text without being named.
-    strict_tools: those whose schema must be enforced whole, or the request is refused. allows_reasoning, max_reasoning_tokens: when the
-    tokens are spent, reasoning is closed; 0 is no reasoning.
+    strict_tools: those whose schema must be enforced whole, or the request is refused. allows_reasoning,
+    max_reasoning_tokens: when the tokens are spent, reasoning is closed; 0 is no reasoning.
 
     Raises RequestError for a number out of range.
     """

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from harmonium.engine.worker import EngineStatistics
+from harmonium.engine.statistics import EngineStatistics
 
 if TYPE_CHECKING:
     from harmonium.server.state import ServerState

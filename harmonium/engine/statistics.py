@@ -1,0 +1,37 @@
+"""What an engine tells of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from harmonium.engine.protocol import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatistics:
+    """What an engine holds now and did so far; consistent, taken between two steps.
+
+    waiting counts the preempted too. num_prefill_tokens counts computed prompt tokens (again after a
+    preemption), num_answer_tokens sampled ones, num_forced_tokens those that constraints put behind them.
+    constraint_seconds: time that the engine waited for masks. num_cached_tokens: tokens not computed because
+    their blocks were cached, in num_prefix_hits resumptions. finished: how many requests ended for each
+    reason.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    full_blocks_free: int = 0
+    full_blocks_cached: int = 0
+    full_blocks_used: int = 0
+    window_blocks_free: int = 0
+    window_blocks_cached: int = 0
+    window_blocks_used: int = 0
+    num_steps: int = 0
+    num_prefill_tokens: int = 0
+    num_answer_tokens: int = 0
+    num_forced_tokens: int = 0
+    constraint_seconds: float = 0.0
+    num_cached_tokens: int = 0
+    num_prefix_hits: int = 0
+    num_preemptions: int = 0
+    finished: dict[FinishReason, int] = field(default_factory=dict)
