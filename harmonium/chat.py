@@ -35,6 +35,7 @@ from harmonium.chat_events import (
 )
 from harmonium.engine.protocol import Engine, FinishReason, Request, Token, TokenEvent
 from harmonium.errors import EngineError, HarmoniumError, RequestError
+from harmonium.harmony.grammar import TurnRules, compile_turn
 from harmonium.harmony.messages import Conversation
 from harmonium.harmony.parse import Diagnostic, Event, MessageEnd, MessageStart, StreamParser, TextDelta
 from harmonium.harmony.render import render_prompt
@@ -55,7 +56,8 @@ class ChatRequest:
     stop_token_ids: end the turn too, besides <|return|> and <|call|>; a text token among them is no part
     of the answer. cache_salt: turns share cached prefixes only with the same salt. request_id: names the
     turn; ids of its tool calls derive from it. stop: texts that end the turn when a message for the user
-    holds one; neither it nor what follows is shown. Reasoning and calls are not looked at. Raises
+    holds one; neither it nor what follows is shown. Reasoning and calls are not looked at. grammar: what the
+    turn has to keep to beside the conversation's tools; None: the model writes what it likes. Raises
     RequestError for an empty stop text, and for sampling.ignore_stop: what comes after a turn is no chat.
     """
 
@@ -65,6 +67,7 @@ class ChatRequest:
     cache_salt: str = ""
     request_id: str = field(default_factory=_new_id)
     stop: tuple[str, ...] = ()
+    grammar: TurnRules | None = field(default_factory=TurnRules)
 
     def __post_init__(self) -> None:
         if not all(self.stop):
@@ -85,19 +88,13 @@ async def complete_chat(engine: Engine, request: ChatRequest) -> ChatResult:
 async def stream_chat(engine: Engine, request: ChatRequest) -> AsyncGenerator[ChatEvent, None]:
     """The events of the turn, the last of them `Finish`. Closing the generator aborts the engine's request.
 
-    Raises before the first event: HarmonyError for a conversation that cannot be rendered, and what
-    `Engine.admit` raises (PromptTooLong, RequestError, EngineBusy, EngineClosed).
+    Raises before the first event: HarmonyError for a conversation that cannot be rendered, RequestError for a
+    grammar that cannot be enforced, and what `Engine.admit` raises (PromptTooLong, RequestError, EngineBusy,
+    EngineClosed).
     """
-    token_ids = tuple(await asyncio.to_thread(render_prompt, request.conversation))  # a long text takes long
-    engine_request = Request(
-        request_id=request.request_id,
-        token_ids=token_ids,
-        sampling=request.sampling,
-        stop_token_ids=STOP_TOKEN_IDS | request.stop_token_ids,
-        cache_salt=request.cache_salt,
-    )
+    engine_request, warnings = await asyncio.to_thread(_prepare, request)  # may take long
     engine.admit(engine_request)
-    yield TurnStarted(request.request_id, len(engine_request.token_ids))
+    yield TurnStarted(request.request_id, len(engine_request.token_ids), warnings)
     turn = _Turn(request, len(engine_request.token_ids))
     try:
         async with aclosing(engine.generate(engine_request)) as token_events:
@@ -112,13 +109,30 @@ async def stream_chat(engine: Engine, request: ChatRequest) -> AsyncGenerator[Ch
         yield event
 
 
+def _prepare(request: ChatRequest) -> tuple[Request, tuple[str, ...]]:
+    """What the engine is asked for, and what the grammar does not enforce."""
+    conversation, turn = request.conversation, None
+    if request.grammar is not None:
+        turn = compile_turn(request.grammar, conversation.tools, conversation.builtin_tools)
+    engine_request = Request(
+        request_id=request.request_id,
+        token_ids=tuple(render_prompt(conversation)),
+        sampling=request.sampling,
+        stop_token_ids=(STOP_TOKEN_IDS if turn is None else turn.stop_token_ids) | request.stop_token_ids,
+        cache_salt=request.cache_salt,
+        constraint=turn,
+    )
+    return engine_request, () if turn is None else tuple(map(str, turn.warnings))
+
+
 class _Turn:
     """Tokens of one request -> chat events."""
 
     def __init__(self, request: ChatRequest, prompt_tokens: int) -> None:
         conversation = request.conversation
         tools = {tool.name for tool in conversation.tools}
-        self._parser = StreamParser(tools | {namespace.name for namespace in conversation.builtin_tools})
+        names = tools | {namespace.name for namespace in conversation.builtin_tools}
+        self._parser = StreamParser(names, 1 if request.grammar is None else request.grammar.max_calls)
         self._request = request
         self._prompt_tokens = prompt_tokens
         self._token_ids: list[int] = []

@@ -53,10 +53,13 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class TurnStarted:
-    """The request was rendered and admitted; it may still wait in the queue."""
+    """The request was rendered and admitted; it may still wait in the queue. warnings: what its grammar does
+    not enforce.
+    """
 
     request_id: str
     prompt_tokens: int
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +195,9 @@ class ToolCallItem:
 
 @dataclass(frozen=True, slots=True)
 class ChatResult:
-    """A whole turn. items: in the order of the model; token_ids: everything that it wrote."""
+    """A whole turn. items: in the order of the model; token_ids: everything that it wrote; warnings: what the
+    grammar did not enforce.
+    """
 
     request_id: str
     items: tuple[TextItem | ToolCallItem, ...]
@@ -201,6 +206,7 @@ class ChatResult:
     usage: Usage
     token_ids: tuple[int, ...]
     error: HarmoniumError | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def reasoning(self) -> str:
@@ -245,6 +251,7 @@ class ResultBuilder:
     def __init__(self) -> None:
         self._request_id = ""
         self._prompt_tokens = 0
+        self._warnings: tuple[str, ...] = ()
         self._open: MessageStarted | ToolCallStarted | None = None
         self._text: list[str] = []
         self._separator = ""
@@ -258,6 +265,7 @@ class ResultBuilder:
         match event:
             case TurnStarted():
                 self._request_id, self._prompt_tokens = event.request_id, event.prompt_tokens
+                self._warnings = event.warnings
             case MessageStarted() | ToolCallStarted():
                 self._open, self._text, self._separator, self._tokens = event, [], "", []
             case ContentDelta() | ReasoningDelta():
@@ -303,6 +311,7 @@ class ResultBuilder:
             usage=finish.usage,
             token_ids=finish.token_ids,
             error=finish.error,
+            warnings=self._warnings,
         )
 
     def _partial_usage(self, items: list[TextItem | ToolCallItem]) -> Usage:

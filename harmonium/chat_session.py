@@ -12,6 +12,7 @@ from harmonium.chat import ChatRequest
 from harmonium.chat_events import ChatResult
 from harmonium.errors import ConfigError, HarmonyError
 from harmonium.harmony.chat_history import messages_from_chat
+from harmonium.harmony.grammar import TurnRules
 from harmonium.harmony.messages import Conversation, Message, ReasoningEffort, reasoning_effort
 from harmonium.model.batch import SamplingParams
 from harmonium.options import near
@@ -35,6 +36,7 @@ class ChatSession:
     """A conversation that grows. Changed by `record`, `load` and `command` alone.
 
     messages: the user's and the model's, oldest first; a turn's tokens are replayed as the model wrote them.
+    uses_grammar: turns are legal Harmony whatever the model would rather write.
     """
 
     sampling: SamplingParams
@@ -43,6 +45,7 @@ class ChatSession:
     effort: ReasoningEffort = "medium"
     messages: tuple[Message, ...] = ()
     shows_reasoning: bool = False
+    uses_grammar: bool = True
     has_quit: bool = False
     last_reasoning: str = field(default="", repr=False)
 
@@ -54,7 +57,7 @@ class ChatSession:
             reasoning_effort=self.effort,
             current_date=self.current_date,
         )
-        return ChatRequest(conversation, self.sampling)
+        return ChatRequest(conversation, self.sampling, grammar=TurnRules() if self.uses_grammar else None)
 
     def record(self, text: str, result: ChatResult) -> None:
         """Remember the user's text and what the model answered, a stopped answer as far as it came."""

@@ -144,6 +144,7 @@ def run_chat(arguments: argparse.Namespace) -> int:
         current_date=datetime.date.today().isoformat(),
         instructions=arguments.system,
         effort=arguments.effort or DEFAULT_EFFORT,
+        uses_grammar=not arguments.no_grammar,
     )
     if arguments.load is not None:
         session.load(arguments.load, instructions=arguments.system, effort=arguments.effort)

@@ -44,6 +44,7 @@ from harmonium.llm_input import (
     read_prompts,
     read_sampling,
     read_token_ids,
+    turn_rules,
 )
 from harmonium.model.batch import SamplingParams
 
@@ -174,6 +175,10 @@ class LLM:
         instructions: str | None = None,
         builtin_tools: Sequence[str] | None = None,
         current_date: str | None = None,
+        response_format: Mapping[str, Any] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        max_reasoning_tokens: int | None = None,
+        grammar: bool = True,
         sampling: SamplingParams | None = None,
     ) -> ChatResult:
         """The model's whole turn: reasoning, content, tool_calls, finish_reason, usage.
@@ -181,13 +186,26 @@ class LLM:
         messages: a user's text, or messages oldest first. tools: functions that the model may call, as the
         Chat Completions API has them. reasoning_effort: "low", "medium" or "high". instructions: put before
         those of leading system messages. builtin_tools: "browser", "python" (calls are returned, nothing is
-        run).
-        current_date: as the model is told it, such as "2026-11-25"; None: today; "": none.
+        run). current_date: as the model is told it, such as "2026-11-25"; None: today; "": none.
+        response_format, tool_choice: as the Chat Completions API has them, and {"type": "grammar", "syntax":
+        "lark" or "regex", "definition": ...}; the answer and the calls keep to them (docs/grammar.md).
+        max_reasoning_tokens: then reasoning is closed and the answer begins. grammar: False lets the model
+        write what it likes, and all of these but the prompt's words for a schema are without effect.
 
-        Raises HarmonyError for messages or tools that cannot be expressed, and what `generate` raises.
+        Raises HarmonyError for messages or tools that cannot be expressed, RequestError for a format or
+        choice that cannot be kept, and what `generate` raises.
         """
+        rules = turn_rules(response_format, tool_choice, max_reasoning_tokens) if grammar else None
         request = chat_request(
-            messages, tools, reasoning_effort, instructions, builtin_tools, current_date, sampling
+            messages,
+            tools,
+            reasoning_effort,
+            instructions,
+            builtin_tools,
+            current_date,
+            sampling,
+            response_format=response_format,
+            rules=rules,
         )
         result = self._loop.run(complete_chat(self._engine, request))
         if result.finish_reason == "error":
@@ -205,6 +223,10 @@ class LLM:
         instructions: str | None = None,
         builtin_tools: Sequence[str] | None = None,
         current_date: str | None = None,
+        response_format: Mapping[str, Any] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        max_reasoning_tokens: int | None = None,
+        grammar: bool = True,
         sampling: SamplingParams | None = None,
     ) -> Iterator[ChatEvent]:
         """The events of the model's turn while it writes (harmonium.chat_events); the last one is `Finish`.
@@ -212,8 +234,17 @@ class LLM:
         Leaving the loop aborts the turn. Takes and raises what `chat` does, but what fails on the way is told
         by `Finish`.
         """
+        rules = turn_rules(response_format, tool_choice, max_reasoning_tokens) if grammar else None
         request = chat_request(
-            messages, tools, reasoning_effort, instructions, builtin_tools, current_date, sampling
+            messages,
+            tools,
+            reasoning_effort,
+            instructions,
+            builtin_tools,
+            current_date,
+            sampling,
+            response_format=response_format,
+            rules=rules,
         )
         return self._iterate(stream_chat(self._engine, request))
 

@@ -17,6 +17,8 @@ from harmonium.chat import ChatRequest
 from harmonium.config import EngineConfig, environment_config
 from harmonium.errors import ConfigError, HarmonyError, RequestError
 from harmonium.harmony.chat_history import messages_from_chat, tools_from_chat
+from harmonium.harmony.grammar import TurnRules
+from harmonium.harmony.grammar_request import read_answer_format, read_tool_choice
 from harmonium.harmony.messages import Conversation, Message, Tool, builtin_tool, reasoning_effort
 from harmonium.harmony.vocabulary import vocabulary
 from harmonium.model.batch import SamplingParams
@@ -52,8 +54,11 @@ def chat_request(
     builtin_tools: Sequence[str] | None,
     current_date: str | None,
     sampling: SamplingParams | None,
+    *,
+    response_format: object = None,
+    rules: TurnRules | None = None,
 ) -> ChatRequest:
-    """The request of `LLM.chat`. Raises HarmonyError for what cannot be expressed."""
+    """The request of `LLM.chat`. Raises HarmonyError for what cannot be expressed, RequestError."""
     if not isinstance(instructions, (str, NoneType)) or not isinstance(current_date, (str, NoneType)):
         raise HarmonyError("instructions and current_date are text or None")
     tools, builtin_tools = tools or (), builtin_tools or ()
@@ -66,8 +71,20 @@ def chat_request(
         builtin_tools=tuple(builtin_tool(name) for name in builtin_tools),
         reasoning_effort=reasoning_effort(effort),
         current_date=today if current_date is None else current_date or None,
+        response_format=read_answer_format(response_format)[1],
     )
-    return ChatRequest(conversation, read_sampling(sampling))
+    return ChatRequest(conversation, read_sampling(sampling), grammar=rules)
+
+
+def turn_rules(response_format: object, choice: object, max_reasoning_tokens: int | None) -> TurnRules:
+    """What the turn of `LLM.chat` has to keep to. Raises RequestError, naming the argument."""
+    tool_choice, allowed_tools = read_tool_choice(choice)
+    return TurnRules(
+        tool_choice=tool_choice,
+        allowed_tools=allowed_tools,
+        answer=read_answer_format(response_format)[0],
+        max_reasoning_tokens=max_reasoning_tokens,
+    )
 
 
 def read_sampling(sampling: SamplingParams | None) -> SamplingParams:

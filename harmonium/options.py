@@ -170,6 +170,7 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--load", type=Path, metavar="FILE", help="go on with a conversation that /save wrote"
     )
+    parser.add_argument("--no-grammar", action="store_true", help="let the model write what it likes")
     parser.add_argument("--json", action="store_true", help="print one JSON object (with a question)")
     parser.add_argument(
         "--show-reasoning",

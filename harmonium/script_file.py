@@ -8,6 +8,7 @@ One JSON object a line, one answer an object:
     "delay_seconds": 0.1  before each of them
     "match": "text"       only for a request whose last user message holds this text
     "repeat": true        the line is not used up
+    "grammar": true       a token that the request's grammar does not allow ends the answer with an error
     "end": "stop" | "length" | "error"   when the tokens are used up and none of them ended the turn
 
 A request takes the first unused line whose `match` fits it; where none does, the first unused line without
@@ -131,14 +132,19 @@ def read_line(text: str, where: str) -> ScriptLine:
         end="length" if end == "length" else "stop",
         tokens_per_event=int(_number(fields, "chunk", 1, 1, 1_000_000, where, is_whole=True)),
         seconds_per_event=_number(fields, "delay_seconds", 0.0, 0, MAX_DELAY_SECONDS, where),
+        obeys_constraint=_flag(fields, "grammar", where),
     )
     match = fields.get("match")
     if match is not None and (not isinstance(match, str) or not match):
         raise ConfigError(f"{where}: match is {match!r}; expected a text")
-    repeat = fields.get("repeat", False)
-    if not isinstance(repeat, bool):
-        raise ConfigError(f"{where}: repeat is {repeat!r}; expected true or false")
-    return ScriptLine(script, match, repeat)
+    return ScriptLine(script, match, _flag(fields, "repeat", where))
+
+
+def _flag(fields: Mapping[str, Any], name: str, where: str) -> bool:
+    value = fields.get(name, False)
+    if not isinstance(value, bool):
+        raise ConfigError(f"{where}: {name} is {value!r}; expected true or false")
+    return value
 
 
 def _tokens(fields: Mapping[str, Any], where: str) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from harmonium.engine.admission import check_request
@@ -18,7 +18,9 @@ class Script:
     """One answer. tokens: ids, or Token where log-probabilities matter.
 
     error: after the tokens the answer ends with "error" and this text. end: how it ends when the tokens are
-    used up and no stop token was among them. tokens_per_event, seconds_per_event: None takes the engine's.
+    used up and no stop token was among them. obeys_constraint: where the request has a constraint, a token
+    that it does not allow ends the answer with "error". tokens_per_event, seconds_per_event: None takes the
+    engine's.
     """
 
     tokens: tuple[int | Token, ...]
@@ -26,6 +28,7 @@ class Script:
     end: Literal["stop", "length"] = "length"
     tokens_per_event: int | None = None
     seconds_per_event: float | None = None
+    obeys_constraint: bool = False
 
 
 ScriptSource = Callable[[Request], "Script | Iterable[int | Token]"]
@@ -99,6 +102,7 @@ class ScriptedEngine:
         script = (
             _script(self._source(request)) if self._source else self._scripts[number % len(self._scripts)]
         )
+        script = _checked(script, request)
         tokens, reason = _cut(script, request, self._info.context_length)
         size = script.tokens_per_event or self._tokens_per_event
         pause = self._seconds_per_event if script.seconds_per_event is None else script.seconds_per_event
@@ -131,6 +135,21 @@ class ScriptedEngine:
 
 def _script(script: Script | Iterable[int | Token]) -> Script:
     return script if isinstance(script, Script) else Script(tuple(script))
+
+
+def _checked(script: Script, request: Request) -> Script:
+    """The script up to the first token that the request's constraint forbids; there it ends with "error"."""
+    if not script.obeys_constraint or request.constraint is None:
+        return script
+    state = request.constraint.start()
+    for place, token in enumerate(script.tokens):
+        if state.is_complete:
+            break
+        try:
+            state.advance(token if isinstance(token, int) else token.token_id)
+        except Exception as error:
+            return replace(script, tokens=script.tokens[:place], error=str(error))
+    return script
 
 
 def _cut(script: Script, request: Request, context_length: int) -> tuple[list[Token], FinishReason]:

@@ -72,11 +72,12 @@ class StreamParser:
     """Parses one turn of the assistant, token by token, from after `<|start|>assistant`.
 
     tool_names: the tools that were offered, as clients know them ("get_weather", "browser.search", or
-    "browser" for all of that namespace); None: unknown, so every call counts as declared. Not for several
-    threads at once.
+    "browser" for all of that namespace); None: unknown, so every call counts as declared. max_calls: the turn
+    goes on after a call when the assistant opens another message (`<|start|>assistant`), up to this number.
+    Not for several threads at once.
     """
 
-    def __init__(self, tool_names: Collection[str] | None = None) -> None:
+    def __init__(self, tool_names: Collection[str] | None = None, max_calls: int = 1) -> None:
         self._tool_names = None if tool_names is None else frozenset(tool_names)
         self._vocabulary = vocabulary()
         self._decoder = TextDecoder(self._vocabulary)
@@ -85,6 +86,8 @@ class StreamParser:
         self._kinds_with_text: set[Kind] = set()
         self._stopped_by: str | None = None
         self._unread: list[int] = []
+        self._calls_left = max_calls
+        self._after_call: list[int] | None = None
         self._on_special: dict[int, Callable[[int], None]] = {
             START: self._on_start,
             MESSAGE: self._on_message,
@@ -113,6 +116,8 @@ class StreamParser:
         self._events = []
         if self._stopped_by is not None:
             self._unread.append(token_id)
+        elif self._after_call is not None:
+            self._push_after_call(self._after_call, token_id)
         elif 0 <= token_id < NUM_TEXT_TOKENS:
             self._on_text(token_id)
         else:
@@ -130,9 +135,23 @@ class StreamParser:
         self._events = []
         if self._stopped_by is None:
             self._close(None)
-            self._stopped_by = reason
+            self._stopped_by = reason if self._after_call is None else "call"
         self._flush_unread("after_stop")
         return self._events
+
+    def _push_after_call(self, held: list[int], token_id: int) -> None:
+        """Between calls. Where anybody but the assistant begins to write, its turn is over."""
+        if not held and token_id == START:
+            held.append(token_id)
+            return
+        if held and token_id == self._vocabulary.id_of(b"assistant"):
+            self._after_call = None
+            self._on_start(START)
+            self._on_text(token_id)
+            return
+        self._stopped_by = "call"
+        if not held:
+            self._unread.append(token_id)
 
     def _on_text(self, token_id: int) -> None:
         if self._body is not None:
@@ -187,7 +206,10 @@ class StreamParser:
         elif token_id == CALL and self._body is not None and self._body.kind in ("reasoning", "content"):
             self._diagnose("call_without_recipient", "", token_id)
         self._close(token_id)
-        if token_id != END:
+        self._calls_left -= token_id == CALL
+        if token_id == CALL and self._calls_left > 0:
+            self._after_call = []
+        elif token_id != END:
             self._stopped_by = {RETURN: "return", CALL: "call"}.get(token_id, "end_of_text")
 
     def _on_unexpected(self, token_id: int) -> None:
