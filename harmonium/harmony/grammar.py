@@ -63,10 +63,15 @@ class TurnRules:
     max_reasoning_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= self.max_calls <= MAX_CALLS:
-            raise RequestError(f"max_calls is {self.max_calls}; expected 1 to {MAX_CALLS}")
-        if self.max_reasoning_tokens is not None and self.max_reasoning_tokens < 0:
-            raise RequestError(f"max_reasoning_tokens is {self.max_reasoning_tokens}; expected at least 0")
+        if not _is_whole(self.max_calls) or not 1 <= self.max_calls <= MAX_CALLS:
+            raise RequestError(f"max_calls is {self.max_calls!r}; expected 1 to {MAX_CALLS}")
+        budget = self.max_reasoning_tokens
+        if budget is not None and (not _is_whole(budget) or budget < 0):
+            raise RequestError(f"max_reasoning_tokens is {budget!r}; expected a whole number from 0")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, slots=True)
