@@ -67,7 +67,7 @@ async def create_response(request: Request) -> Response:
         run = await responses.start(prepared)
         if body.stream:
             return event_stream(request, _encoded(run.follow(-1), dialect), headers)
-        return _json(run.response, headers)
+        return _json(run.created, headers)
     if body.stream:
         turn = await responses.open(prepared)
         return event_stream(request, _encoded(responses.stream(prepared, turn), dialect), headers)

@@ -152,7 +152,7 @@ class _Reader:
         if kind in _FOREIGN_TYPES:
             self.warnings.append(f"{where} of type {kind} was left out: its tool does not run here")
             return
-        if kind not in _ID_PREFIXES:
+        if not isinstance(kind, str) or kind not in _ID_PREFIXES:
             expected = ", ".join((*_ID_PREFIXES, "item_reference"))
             raise RequestError(f"{where}.type is {_shown(kind)}; expected one of {expected}")
         item_id = _optional_text(where, item, "id") or f"{_ID_PREFIXES[kind]}_{uuid.uuid4().hex}"

@@ -126,10 +126,8 @@ def format_object(form: TextFormat) -> Json:
                 "schema": form.schema_,
                 "strict": bool(form.strict),
             }
-        case "regex":
-            return {"type": "regex", "pattern": form.pattern}
         case "grammar":
-            return {"type": "grammar", "syntax": "lark", "definition": form.definition}
+            return {"type": "grammar", "syntax": form.syntax, "definition": form.definition}
     return {"type": form.type}
 
 

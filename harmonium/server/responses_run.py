@@ -23,11 +23,15 @@ Json = dict[str, Any]
 
 
 class BackgroundRun:
-    """A response that is made whether or not somebody listens. events: all so far."""
+    """A response that is made whether or not somebody listens.
+
+    created: the object before anything was done. events: all so far.
+    """
 
     def __init__(self, owner: str, writer: ResponseEvents) -> None:
         self.owner = owner
         self.writer = writer
+        self.created = writer.response
         self.events: list[Json] = []
         self.task: asyncio.Task[None] | None = None
         self.is_cancelled = False

@@ -60,15 +60,14 @@ class Reasoning(RequestModel):
 
 
 class TextFormat(RequestModel):
-    """What the final answer must look like. regex and grammar are ours, the others OpenAI's."""
+    """What the final answer must look like. `grammar` is ours, the others OpenAI's."""
 
-    type: Literal["text", "json_object", "json_schema", "regex", "grammar"] = "text"
+    type: Literal["text", "json_object", "json_schema", "grammar"] = "text"
     name: str | None = None
     description: str | None = None
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
     strict: bool | None = None
-    pattern: str | None = None
-    syntax: Literal["lark"] | None = None
+    syntax: Literal["lark", "regex"] | None = None
     definition: str | None = None
 
 
@@ -198,7 +197,7 @@ def _check_metadata(request: ResponsesRequest, limits: Limits) -> None:
 
 
 def _check_format(form: TextFormat) -> None:
-    needed = {"json_schema": ("name", "schema"), "regex": ("pattern",), "grammar": ("definition",)}
+    needed = {"json_schema": ("name", "schema"), "grammar": ("syntax", "definition")}
     for field in needed.get(form.type, ()):
         if getattr(form, "schema_" if field == "schema" else field) is None:
             raise ApiError(

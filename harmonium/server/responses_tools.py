@@ -207,7 +207,7 @@ def _check_unique(entries: Sequence[ToolEntry]) -> None:
     seen: dict[str, int] = {}
     for index, entry in enumerate(entries):
         if entry.declared in seen:
-            raise RequestError(f"tools hold {entry.declared!r} twice; names must differ, namespaces included")
+            raise RequestError(f"tools has {entry.declared!r} twice; names must differ, namespaces included")
         seen[entry.declared] = index
 
 
@@ -232,7 +232,8 @@ def read_tool_choice(choice: str | Mapping[str, Any] | None, table: ToolTable) -
     if kind in ("function", "custom"):
         return ToolChoice("required", (_chosen("tool_choice", choice, table),))
     if kind == "allowed_tools":
-        body = choice.get("allowed_tools", choice)
+        nested = choice.get("allowed_tools")
+        body = nested if isinstance(nested, Mapping) else choice
         mode, tools = body.get("mode", "auto"), body.get("tools")
         if mode not in ("none", "auto", "required"):
             raise RequestError(f"tool_choice.mode is {_shown(mode)}; expected 'auto' or 'required'")
