@@ -25,10 +25,10 @@ ROUTERS: tuple[APIRouter, ...] = (
 )
 
 
-def create_app(state: ServerState, store: ResponseStore | None = None) -> FastAPI:
+def create_app(state: ServerState, responses: Responses | None = None) -> FastAPI:
     """The application over this state. The engine may come later (`state.set_engine`).
 
-    store: of responses; None keeps them in memory.
+    responses: those that are stored; None keeps them in memory.
     """
     app = FastAPI(
         title="Harmonium",
@@ -38,7 +38,7 @@ def create_app(state: ServerState, store: ResponseStore | None = None) -> FastAP
         middleware=_middleware(state),
     )
     app.state.harmonium = state
-    app.state.responses = Responses(state, store or ResponseStore())
+    app.state.responses = responses or Responses(state, ResponseStore())
     add_error_handlers(app)
     for router in ROUTERS:
         app.include_router(router)

@@ -27,6 +27,7 @@ from harmonium.script_file import scripted_engine
 from harmonium.server.app import create_app
 from harmonium.server.config import Limits, ServerConfig
 from harmonium.server.logs import configure_logging
+from harmonium.server.responses_run import Responses
 from harmonium.server.state import ServerState
 from harmonium.server.store import ResponseStore
 
@@ -45,7 +46,8 @@ def serve(arguments: argparse.Namespace, engine_config: EngineConfig) -> int:
     store = ResponseStore(arguments.store)
     listener = listen(config.host, config.port)
     state = ServerState(config)
-    server = DrainingServer(state, _uvicorn_config(state, store))
+    responses = Responses(state, store)
+    server = DrainingServer(state, responses, _uvicorn_config(state, responses))
     with listener:
         return asyncio.run(_run(server, listener, model, script, engine_config))
 
@@ -107,9 +109,9 @@ def listen(host: str, port: int) -> socket.socket:
         raise ConfigError(f"cannot listen on {host}, port {port}: {reason}") from None
 
 
-def _uvicorn_config(state: ServerState, store: ResponseStore) -> uvicorn.Config:
+def _uvicorn_config(state: ServerState, responses: Responses) -> uvicorn.Config:
     return uvicorn.Config(
-        create_app(state, store),
+        create_app(state, responses),
         log_config=None,
         access_log=False,
         server_header=False,
@@ -123,9 +125,10 @@ def _uvicorn_config(state: ServerState, store: ResponseStore) -> uvicorn.Config:
 class DrainingServer(uvicorn.Server):
     """uvicorn, whose first signal drains before it stops and whose second ends the process."""
 
-    def __init__(self, state: ServerState, config: uvicorn.Config) -> None:
+    def __init__(self, state: ServerState, responses: Responses, config: uvicorn.Config) -> None:
         super().__init__(config)
         self.state = state
+        self.responses = responses
         self._drain: asyncio.Task[None] | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
 
@@ -170,6 +173,7 @@ async def _run(
             os._exit(1)  # a thread reads weights, and nobody waits for them any more
         if state.loaded_engine is not None:
             await state.loaded_engine.close()
+        await server.responses.close()
     loading.result()
     return 0
 

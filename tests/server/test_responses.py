@@ -321,7 +321,7 @@ def test_other_key_sees_nothing() -> None:
     [
         ({}, "input"),
         ({"input": None}, "input"),
-        ({"input": 5}, "input.str"),
+        ({"input": 5}, "input"),
         ({"input": [5]}, "input"),
         ({"input": [{"type": "telepathy"}]}, "input[0].type"),
         ({"input": [{"role": "robot", "content": "x"}]}, "input[0].role"),
