@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from harmonium.chat import ChatRequest
-from harmonium.chat_events import ChatResult, Finish
+from harmonium.chat_events import ChatResult, Finish, TurnStarted
 from harmonium.harmony.render import render_prompt
 from harmonium.server.body import ignored_headers, read_model, request_schema
 from harmonium.server.chat_input import chat_requests
@@ -101,6 +101,8 @@ class _Completion:
         answer["service_tier"] = "default"
         if self.body.metadata is not None:
             answer["metadata"] = self.body.metadata
+        if results[0].warnings:
+            answer["warnings"] = list(results[0].warnings)
         if options.has_token_ids:
             answer["prompt_token_ids"] = self.prompt_token_ids()
         return answer
@@ -110,7 +112,8 @@ class _Completion:
         try:
             streams = [ChoiceStream(index, self.options) for index in range(len(turns))]
             for index, (stream, turn) in enumerate(zip(streams, turns, strict=True)):
-                yield self._chunk(stream, stream.first(turn.started.prompt_tokens), is_first=index == 0)
+                first = stream.first(turn.started.prompt_tokens)
+                yield self._chunk(stream, first, turn.started if index == 0 else None)
             async for index, chat_event in merge([aiter(turn) for turn in turns]):
                 if isinstance(chat_event, Finish):
                     check_finish(chat_event)
@@ -123,14 +126,19 @@ class _Completion:
         finally:
             await close_turns(turns)
 
-    def _chunk(self, stream: ChoiceStream, choice: dict[str, Any], is_first: bool = False) -> bytes:
+    def _chunk(
+        self, stream: ChoiceStream, choice: dict[str, Any], started: TurnStarted | None = None
+    ) -> bytes:
+        """started: for the first chunk of all, which says what is known before the answer."""
         chunk = self.envelope("chat.completion.chunk")
         chunk["choices"] = [choice]
         if self.body.wants_running_usage:
             chunk["usage"] = usage_json([stream.usage])
         elif self.body.wants_usage_event:
             chunk["usage"] = None
-        if is_first and self.body.return_token_ids:
+        if started is not None and started.warnings:
+            chunk["warnings"] = list(started.warnings)
+        if started is not None and self.body.return_token_ids:
             chunk["prompt_token_ids"] = self.prompt_token_ids()
         return event(chunk)
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from harmonium.chat import ChatRequest
 from harmonium.errors import ApiError
 from harmonium.harmony.chat_history import messages_from_chat
-from harmonium.harmony.messages import Conversation, builtin_tool
+from harmonium.harmony.grammar_request import read_answer_format
+from harmonium.harmony.messages import Conversation, ResponseFormat, builtin_tool
 from harmonium.server.chat_schema import ChatCompletionRequest, check_supported
 from harmonium.server.config import Limits
 from harmonium.server.efforts import effort_of
-from harmonium.server.response_format import read_response_format
 from harmonium.server.sampling_fields import check_counts, check_most, sampling_params
 from harmonium.server.state import ServerState
 from harmonium.server.template_fields import read_template_fields
-from harmonium.server.tool_input import read_tools
+from harmonium.server.tool_input import check_schema_size, read_tools
+from harmonium.server.turn_rules import turn_rules
 
 
 def chat_requests(state: ServerState, body: ChatCompletionRequest, completion_id: str) -> list[ChatRequest]:
@@ -23,6 +26,9 @@ def chat_requests(state: ServerState, body: ChatCompletionRequest, completion_id
     check_counts(body, limits)
     _check_chat_counts(body, limits)
     conversation = conversation_of(state, body)
+    rules = turn_rules(body, state.config)
+    if rules is None and body.tool_choice == "none":
+        conversation = replace(conversation, tools=(), builtin_tools=())  # what is not offered is not called
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = _logprobs(body)
     return [
@@ -33,6 +39,7 @@ def chat_requests(state: ServerState, body: ChatCompletionRequest, completion_id
             cache_salt=body.cache_salt or "",
             request_id=f"{completion_id}-{choice}",
             stop=body.stop_texts(),
+            grammar=rules,
         )
         for choice in range(body.n or 1)
     ]
@@ -54,7 +61,7 @@ def conversation_of(state: ServerState, body: ChatCompletionRequest) -> Conversa
         current_date=template.current_date or state.today,
         model_identity=template.model_identity,
         knowledge_cutoff=template.knowledge_cutoff,
-        response_format=read_response_format(body.response_format, "response_format", state.config.limits),
+        response_format=_response_format(body, state.config.limits),
     )
 
 
@@ -73,3 +80,12 @@ def _logprobs(body: ChatCompletionRequest) -> int | None:
             raise ApiError("top_logprobs is given without logprobs: true", param="top_logprobs")
         return None
     return body.top_logprobs or 0
+
+
+def _response_format(body: ChatCompletionRequest, limits: Limits) -> ResponseFormat | None:
+    """The schema as the prompt states it; None where the answer is free text or another format."""
+    _, form = read_answer_format(body.response_format)
+    if form is not None:
+        check_most("response_format.name", len(form.name), 64, unit="characters")
+        check_schema_size("response_format.schema", form.schema, limits)
+    return form

@@ -30,6 +30,7 @@ class ChatCompletionRequest(SamplingFields):
     reasoning_effort: str | None = None
     reasoning: ReasoningOptions | None = None
     include_reasoning: bool | None = None
+    use_grammar: bool | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None

@@ -12,7 +12,7 @@ from harmonium.harmony.render import render_prompt
 from harmonium.model.batch import SamplingParams
 from harmonium.server.config import Limits
 from harmonium.server.efforts import effort_of
-from harmonium.server.response_format import check_schema_size
+from harmonium.server.tool_input import check_schema_size
 from harmonium.server.responses_items import InputItems, compose, read_input
 from harmonium.server.responses_object import ResponseFacts
 from harmonium.server.responses_schema import ResponsesRequest, TextFormat, check_request

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,6 @@ from harmonium.errors import ApiError
 from harmonium.harmony.chat_history import tools_from_chat
 from harmonium.harmony.messages import Tool
 from harmonium.server.config import Limits
-from harmonium.server.response_format import check_schema_size
 from harmonium.server.sampling_fields import check_most
 
 TEXT_SCHEMA: Mapping[str, Any] = {"type": "string"}
@@ -43,3 +43,9 @@ def custom_fields(tool: Mapping[str, Any]) -> Any:
 def custom_names(tools: Sequence[Mapping[str, Any]] | None) -> frozenset[str]:
     """Names of those tools (which `read_tools` has accepted) whose calls carry free text."""
     return frozenset(custom_fields(tool)["name"] for tool in tools or () if tool.get("type") == "custom")
+
+
+def check_schema_size(name: str, schema: Mapping[str, Any], limits: Limits) -> None:
+    """Raises ApiError when the schema, written compactly, has more bytes than the limit."""
+    size = len(json.dumps(schema, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace"))
+    check_most(name, size, limits.schema_bytes, unit="bytes")

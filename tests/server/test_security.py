@@ -145,7 +145,7 @@ def test_huge_schema_is_refused_by_name() -> None:
     schema = {"type": "object", "description": "x" * 2000}
     assert error_of(chat(state, tools=[tool("f", schema)]), 400)["param"] == "tools[0].parameters"
     form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
-    assert error_of(chat(state, response_format=form), 400)["param"] == "response_format.json_schema.schema"
+    assert error_of(chat(state, response_format=form), 400)["param"] == "response_format.schema"
 
 
 def test_body_over_the_limit_is_413_announced_or_not() -> None:
@@ -193,7 +193,10 @@ def test_body_that_is_no_json_object_is_a_400_at_once(content: bytes) -> None:
         {"tools": [tool("a b")]}, {"tools": [tool("x" * 300)]},
         {"reasoning_effort": "huge"}, {"reasoning_effort": ""}, {"reasoning": {"effort": "huge"}},
         {"response_format": {"type": "xml"}}, {"response_format": {"type": "json_schema"}},
-        {"response_format": {"type": "json_schema", "json_schema": {"name": "", "schema": {}}}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "n" * 65, "schema": {}}}},
+        {"tool_choice": "maybe"}, {"tool_choice": "required"}, {"tool_choice": {"type": "frog"}},
+        {"tools": [tool("a")], "tool_choice": {"type": "function", "function": {"name": "b"}}},
+        {"reasoning": {"max_tokens": -1}}, {"response_format": {"type": "grammar", "syntax": "bnf"}},
         {"response_format": "json"}, {"metadata": {"a": 1}}, {"modalities": ["audio"]},
         {"audio": {"voice": "x"}},
         {"functions": [{"name": "f"}]}, {"function_call": "auto"}, {"web_search_options": {"a": 1}},
