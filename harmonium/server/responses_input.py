@@ -12,7 +12,6 @@ from harmonium.harmony.render import render_prompt
 from harmonium.model.batch import SamplingParams
 from harmonium.server.config import Limits
 from harmonium.server.efforts import effort_of
-from harmonium.server.tool_input import check_schema_size
 from harmonium.server.responses_items import InputItems, compose, read_input
 from harmonium.server.responses_object import ResponseFacts
 from harmonium.server.responses_schema import ResponsesRequest, TextFormat, check_request
@@ -20,6 +19,7 @@ from harmonium.server.responses_tools import ToolTable, read_tool_choice, read_t
 from harmonium.server.responses_truncation import room_for_answer, truncate
 from harmonium.server.state import ServerState
 from harmonium.server.store import ResponseStore, StoredConversation, StoredTurn
+from harmonium.server.tool_input import check_schema_size
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,9 +42,9 @@ def serve(arguments: argparse.Namespace, engine_config: EngineConfig) -> int:
     for remark in arguments.told or ():
         print(f"harmonium: {remark}", file=sys.stderr)
     model, script = _source(arguments)
-    configure_logging(arguments.log_format)
     store = ResponseStore(arguments.store)
     listener = listen(config.host, config.port)
+    configure_logging(arguments.log_format)
     state = ServerState(config)
     responses = Responses(state, store)
     server = DrainingServer(state, responses, _uvicorn_config(state, responses))

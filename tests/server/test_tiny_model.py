@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -95,26 +96,19 @@ async def _check_cached_tokens(client: httpx.AsyncClient) -> None:
 
 
 async def _check_tool_choice(client: httpx.AsyncClient) -> None:
-    body = {"messages": HELLO, "tools": [WEATHER], "tool_choice": "required", "temperature": 1.5}
-    for seed in range(3):
-        answer = (
-            await _post(
-                client,
-                "/v1/chat/completions",
-                **body,
-                seed=seed,
-                reasoning={"max_tokens": 20},
-                max_tokens=400,
-            )
-        ).json()
-        choice = answer["choices"][0]
-        assert choice["finish_reason"] == "tool_calls"
-        (call,) = choice["message"]["tool_calls"]
-        assert call["function"]["name"] == "get_weather"
-        assert call["function"]["arguments"].replace(" ", "").replace("\n", "") in (
-            '{"unit":"C"}',
-            '{"unit":"F"}',
-        )
+    """Random weights may write a long preamble; a turn that ends must end in the call."""
+    body = {"messages": HELLO, "tools": [WEATHER], "tool_choice": "required", "max_tokens": 300}
+    ends = []
+    for seed in range(6):
+        answer = await _post(client, "/v1/chat/completions", **body, seed=seed, reasoning={"max_tokens": 20})
+        choice = answer.json()["choices"][0]
+        ends.append(choice["finish_reason"])
+        if ends[-1] == "tool_calls":
+            (call,) = choice["message"]["tool_calls"]
+            assert call["function"]["name"] == "get_weather"
+            assert json.loads(call["function"]["arguments"]) in ({"unit": "C"}, {"unit": "F"})
+    assert set(ends) <= {"tool_calls", "length"}
+    assert ends.count("tool_calls") >= 2, ends
 
 
 async def _check_scores(client: httpx.AsyncClient) -> None:
