@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from harmonium.chat import ChatRequest
@@ -14,6 +14,7 @@ from harmonium.server.config import Limits
 from harmonium.server.efforts import effort_of
 from harmonium.server.responses_items import InputItems, compose, read_input
 from harmonium.server.responses_object import ResponseFacts
+from harmonium.server.responses_rules import response_rules
 from harmonium.server.responses_schema import ResponsesRequest, TextFormat, check_request
 from harmonium.server.responses_tools import ToolTable, read_tool_choice, read_tools
 from harmonium.server.responses_truncation import room_for_answer, truncate
@@ -56,6 +57,10 @@ def prepare_response(
     )
     date = earlier.date or state.today
     conversation, notes = _conversation(state, body, tools, earlier, given, date)
+    choice = read_tool_choice(body.tool_choice, tools)
+    rules, not_held = response_rules(body, tools, choice, state.config)
+    if rules is None and choice.mode == "none":
+        conversation = replace(conversation, tools=())  # what is not offered is not called
     facts = ResponseFacts(
         response_id=response_id,
         created_at=created_at,
@@ -63,11 +68,17 @@ def prepare_response(
         effort=conversation.reasoning_effort,
         request=body,
         tools=tools,
-        warnings=(*_tool_warnings(tools), *given.warnings, *notes),
+        warnings=(*_tool_warnings(tools), *given.warnings, *notes, *not_held),
     )
     return PreparedResponse(
         facts=facts,
-        chat_request=ChatRequest(conversation, _sampling(body), request_id=response_id),
+        chat_request=ChatRequest(
+            conversation,
+            _sampling(body),
+            cache_salt=body.cache_salt or "",
+            request_id=response_id,
+            grammar=rules,
+        ),
         turn=StoredTurn(body.previous_response_id, date, given.items, given.entries),
         owner=owner,
     )
@@ -80,7 +91,6 @@ def _tools(body: ResponsesRequest, limits: Limits) -> ToolTable:
             check_schema_size(f"parameters of tool {entry.declared!r}", entry.parameters, limits)
         if entry.format:
             check_schema_size(f"format of tool {entry.declared!r}", entry.format, limits)
-    read_tool_choice(body.tool_choice, table)
     return table
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any
 
 from harmonium.errors import ApiError, EngineClosed, PromptTooLong
@@ -81,7 +82,7 @@ class Responses:
     async def whole(self, prepared: PreparedResponse) -> Json:
         """The response in one piece. Raises what `open` raises, and the engine's error when it fails."""
         turn = await self.open(prepared)
-        writer = self._writer(prepared)
+        writer = self._writer(prepared, turn)
         async for _ in self._events(prepared, turn, writer):
             pass
         if writer.failure is not None:
@@ -90,7 +91,7 @@ class Responses:
 
     async def stream(self, prepared: PreparedResponse, turn: Turn) -> AsyncGenerator[Json, None]:
         """The events of an opened turn. Closing the generator aborts it, and nothing is stored."""
-        events = self._events(prepared, turn, self._writer(prepared))
+        events = self._events(prepared, turn, self._writer(prepared, turn))
         try:
             async for event in events:
                 yield event
@@ -107,7 +108,7 @@ class Responses:
     async def start(self, prepared: PreparedResponse) -> BackgroundRun:
         """Make the response in the background. It is stored as queued when this returns."""
         turn = await self.open(prepared)
-        writer = self._writer(prepared)
+        writer = self._writer(prepared, turn)
         try:
             await asyncio.to_thread(self.store.put, writer.response, prepared.turn, prepared.owner)
         except BaseException:
@@ -142,8 +143,9 @@ class Responses:
             run.task.cancel()
         await asyncio.wait({run.task})
 
-    def _writer(self, prepared: PreparedResponse) -> ResponseEvents:
-        return ResponseEvents(prepared.facts, self.store.seal, time.time)
+    def _writer(self, prepared: PreparedResponse, turn: Turn) -> ResponseEvents:
+        facts = replace(prepared.facts, warnings=(*prepared.facts.warnings, *turn.started.warnings))
+        return ResponseEvents(facts, self.store.seal, time.time)
 
     async def _events(
         self, prepared: PreparedResponse, turn: Turn, writer: ResponseEvents, run: BackgroundRun | None = None

@@ -52,11 +52,15 @@ _HINTS = (
 
 
 class Reasoning(RequestModel):
-    """effort: see efforts.py. summary: accepted; the raw reasoning is in the items, none is made."""
+    """effort: see efforts.py. summary: accepted; the raw reasoning is in the items, none is made.
+
+    max_tokens: ours: reasoning is closed when it has so many.
+    """
 
     effort: str | None = None
     summary: Literal["auto", "concise", "detailed", "none"] | None = None
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
+    max_tokens: int | None = Field(default=None, ge=0, le=1 << 30)
 
 
 class TextFormat(RequestModel):
@@ -105,7 +109,9 @@ class ResponsesRequest(RequestModel):
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
     service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None
-    # Beyond OpenAI's fields: sampling as in Chat Completions.
+    # Beyond OpenAI's fields: as in Chat Completions.
+    use_grammar: bool | None = None
+    cache_salt: str | None = None
     seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
     top_k: int | None = Field(default=None, ge=0, le=1 << 30)
     min_p: float | None = Field(default=None, ge=0, le=1)

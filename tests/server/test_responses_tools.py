@@ -12,6 +12,7 @@ from tests.server.client import make_state, prompt_text
 from tests.server.responses_client import function, respond, stream, texts
 
 PATCH = "*** Begin Patch\n*** Add File: a\n+x\n*** End Patch"
+GRAMMAR = 'start: "*** Begin Patch" LF line+ "*** End Patch"\nline: /[^\\n]+/ LF\n%import common.LF\n'
 CODEX_TOOLS: list[dict[str, Any]] = [
     function("exec_command", cmd={"type": "string"}),
     {
@@ -26,7 +27,7 @@ CODEX_TOOLS: list[dict[str, Any]] = [
         "type": "custom",
         "name": "apply_patch",
         "description": "Edits files.",
-        "format": {"type": "grammar", "syntax": "lark", "definition": 'start: "*** Begin Patch" LF\n'},
+        "format": {"type": "grammar", "syntax": "lark", "definition": GRAMMAR},
     },
 ]
 
@@ -51,7 +52,7 @@ def test_tools_of_codex_are_declared_flattened_or_left_out() -> None:
     prompt = prompt_text(state)
     assert "type files__read = " in prompt
     assert "type apply_patch = (_: string) => any;" in prompt
-    assert 'start: "*** Begin Patch" LF' in prompt
+    assert 'start: "*** Begin Patch" LF line+' in prompt
 
 
 def test_call_in_a_namespace_comes_back_with_name_and_namespace() -> None:
