@@ -7,13 +7,14 @@ from typing import Any
 
 from harmonium.chat import ChatRequest
 from harmonium.errors import ApiError
+from harmonium.harmony.grammar_request import read_answer_format
 from harmonium.harmony.messages import Conversation, Message, ResponseFormat
 from harmonium.harmony.render import render_prompt
 from harmonium.model.batch import SamplingParams
 from harmonium.server.config import Limits
 from harmonium.server.efforts import effort_of
 from harmonium.server.responses_items import InputItems, compose, read_input
-from harmonium.server.responses_object import ResponseFacts
+from harmonium.server.responses_object import ResponseFacts, format_object
 from harmonium.server.responses_rules import response_rules
 from harmonium.server.responses_schema import ResponsesRequest, TextFormat, check_request
 from harmonium.server.responses_tools import ToolTable, read_tool_choice, read_tools
@@ -163,12 +164,10 @@ def _num_tokens(fields: dict[str, Any], messages: Any) -> int:
 
 
 def _response_format(form: TextFormat, limits: Limits) -> ResponseFormat | None:
-    if form.type != "json_schema":
-        return None
-    assert form.name is not None, "check_request saw it"
-    assert form.schema_ is not None, "check_request saw it"
-    check_schema_size("text.format.schema", form.schema_, limits)
-    return ResponseFormat(form.name, form.schema_, form.description or "")
+    """What the prompt says of the answer's format."""
+    if form.schema_ is not None:
+        check_schema_size("text.format.schema", form.schema_, limits)
+    return read_answer_format(format_object(form), "text.format")[1]
 
 
 def _sampling(body: ResponsesRequest) -> SamplingParams:

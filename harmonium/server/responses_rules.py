@@ -9,9 +9,7 @@ from harmonium.server.config import ServerConfig
 from harmonium.server.responses_object import format_object
 from harmonium.server.responses_schema import ResponsesRequest
 from harmonium.server.responses_tools import ToolChoice, ToolTable
-
-MAX_PARALLEL_CALLS = 16
-"""Calls of a turn when the request says `parallel_tool_calls: true`; it makes one otherwise."""
+from harmonium.server.turn_rules import MAX_PARALLEL_CALLS
 
 
 def response_rules(

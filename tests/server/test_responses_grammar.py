@@ -15,6 +15,10 @@ from harmonium.config import EngineConfig
 from harmonium.engine.create import create_engine
 from harmonium.harmony.grammar import TurnRules
 from harmonium.server import ServerConfig, ServerState
+from harmonium.server.responses_rules import response_rules
+from harmonium.server.responses_schema import ResponsesRequest
+from harmonium.server.responses_tools import ToolChoice, ToolTable
+from harmonium.server.turn_rules import MAX_PARALLEL_CALLS
 from harmonium.testing import tiny_checkpoint_path
 from tests.scripted_chat import FINAL
 from tests.server.client import call, error_of, make_state
@@ -112,10 +116,6 @@ def test_codex_is_served_without_the_grammar_and_told() -> None:
 
 
 def test_parallel_calls_are_bounded() -> None:
-    from harmonium.server.responses_rules import MAX_PARALLEL_CALLS, response_rules
-    from harmonium.server.responses_schema import ResponsesRequest
-    from harmonium.server.responses_tools import ToolChoice, ToolTable
-
     def calls(**fields: Any) -> int:
         rules, _ = response_rules(
             ResponsesRequest(input="x", **fields), ToolTable(), ToolChoice(), ServerConfig()
