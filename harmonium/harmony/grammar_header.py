@@ -49,13 +49,18 @@ class Node:
     next: dict[int, Node] = field(default_factory=dict)
     body: Body | None = None
 
-    def add(self, token_ids: Sequence[int], body: Body) -> None:
-        """Let this header lead to this body. Of two bodies for one header the first one stays."""
+    def reach(self, token_ids: Sequence[int], kind: MessageKind) -> Node:
+        """The place behind these tokens, on the way to a message of this kind; made where there is none."""
         node = self
-        node.kinds |= body.kind
+        node.kinds |= kind
         for token_id in token_ids:
             node = node.next.setdefault(token_id, Node())
-            node.kinds |= body.kind
+            node.kinds |= kind
+        return node
+
+    def add(self, token_ids: Sequence[int], body: Body) -> None:
+        """Let this header lead to this body. Of two bodies for one header the first one stays."""
+        node = self.reach(token_ids, body.kind)
         if node.body is None:
             node.body = body
 
@@ -113,12 +118,16 @@ def add_call_headers(root: Node, callee: Callee, body: Body) -> None:
     types = [[], encode(" code")]
     if callee.takes_json:
         types += [_json_type(), encode(" json")]
+    tail = Node()  # one for all ways: a request may offer a hundred tools
+    for content_type in types:
+        tail.add([*content_type, MESSAGE], body)
     for channel in callee.channels:
         behind_channel = [CHANNEL, *encode(f"{channel} to={callee.recipient}")]
         behind_role = [*encode(f" to={callee.recipient}"), CHANNEL, *encode(channel)]
-        for content_type in types:
-            root.add([*behind_channel, *content_type, MESSAGE], body)
-            root.add([*behind_role, *content_type, MESSAGE], body)
+        for way in (behind_channel, behind_role):
+            end = root.reach(way, body.kind)
+            for token_id, node in tail.next.items():
+                end.next.setdefault(token_id, node)
 
 
 def _json_type() -> list[int]:

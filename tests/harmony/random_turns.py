@@ -19,12 +19,12 @@ def ids_of(mask: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
 
 @lru_cache(maxsize=1)
 def _closers() -> npt.NDArray[np.bool_]:
-    """Special tokens, and those that can only end JSON values: a uniform draw would hardly ever end one."""
+    """Special tokens, and what ends JSON values or parts of patterned ones: a uniform draw hardly would."""
     closes = np.zeros(VOCABULARY_SIZE, bool)
     closes[NUM_TEXT_TOKENS:] = True
     for token_id in range(NUM_TEXT_TOKENS):
         token = vocabulary().token_bytes(token_id)
-        closes[token_id] = not token.strip(b'"}],:')
+        closes[token_id] = not token.strip(b'"}],:-@')
     return closes
 
 
