@@ -12,7 +12,10 @@ from tests.scripted_chat import gen
 KEY = "sk-test-key"
 
 ANSWER = "<|channel|>final<|message|>It is 22 degrees in Oslo.<|return|>"
-REASONED = "<|channel|>analysis<|message|>They greet me.<|end|><|start|>assistant<|channel|>final<|message|>Hi there<|return|>"
+REASONED = (
+    "<|channel|>analysis<|message|>They greet me.<|end|>"
+    "<|start|>assistant<|channel|>final<|message|>Hi there<|return|>"
+)
 
 
 def call(name: str, arguments: object, thought: str = "I need the tool.") -> str:
