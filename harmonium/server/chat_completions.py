@@ -37,7 +37,8 @@ async def create_chat_completion(request: Request) -> Response:
     body = await read_model(request, ChatCompletionRequest)
     model = state.check_model(body.model)
     completion_id = f"chatcmpl-{uuid.uuid4().hex}"
-    requests = await asyncio.to_thread(chat_requests, state, body, completion_id)
+    salt = state.cache_salt(request.headers, body.cache_salt)
+    requests = await asyncio.to_thread(chat_requests, state, body, completion_id, salt)
     completion = _Completion(state, body, requests, completion_id, model, int(time.time()))
     headers = ignored_headers(body, without_effect(body))
     if not body.stream:

@@ -19,8 +19,10 @@ from harmonium.server.tool_input import check_schema_size, read_tools
 from harmonium.server.turn_rules import turn_rules
 
 
-def chat_requests(state: ServerState, body: ChatCompletionRequest, completion_id: str) -> list[ChatRequest]:
-    """One request for each of the n choices."""
+def chat_requests(
+    state: ServerState, body: ChatCompletionRequest, completion_id: str, cache_salt: str = ""
+) -> list[ChatRequest]:
+    """One request for each of the n choices. cache_salt: of the owner and the request."""
     limits = state.config.limits
     check_supported(body)
     check_counts(body, limits)
@@ -36,7 +38,7 @@ def chat_requests(state: ServerState, body: ChatCompletionRequest, completion_id
             conversation,
             sampling_params(body, choice, max_tokens, logprobs),
             stop_token_ids=frozenset(body.stop_token_ids or ()),
-            cache_salt=body.cache_salt or "",
+            cache_salt=cache_salt,
             request_id=f"{completion_id}-{choice}",
             stop=body.stop_texts(),
             grammar=rules,

@@ -47,7 +47,8 @@ async def create_completion(request: Request) -> Response:
     model = state.check_model(body.model)
     check_completion(body, state.config.limits)
     prompts = await asyncio.to_thread(prompts_of, body, state.config.limits)
-    completion = _Completion(state, body, f"cmpl-{uuid.uuid4().hex}", model)
+    salt = state.cache_salt(request.headers, body.cache_salt)
+    completion = _Completion(state, body, f"cmpl-{uuid.uuid4().hex}", model, salt)
     completion.open(prompts)
     headers = ignored_headers(body)
     if body.stream:
@@ -137,6 +138,7 @@ class _Completion:
     body: CompletionRequest
     completion_id: str
     model: str
+    cache_salt: str
     created: int = field(default_factory=lambda: int(time.time()))
     choices: list[_Choice] = field(default_factory=list)
 
@@ -164,7 +166,7 @@ class _Completion:
             prompt,
             sampling,
             stop_token_ids=_STOPS | frozenset(body.stop_token_ids or ()),
-            cache_salt=body.cache_salt or "",
+            cache_salt=self.cache_salt,
         )
         return RawTurn(self.state, request, wished > 0, body.logprobs if body.echo else None)
 

@@ -60,12 +60,6 @@ class Metrics:
             buckets=_SECONDS,
             registry=registry,
         )
-        self.grammar_seconds = Histogram(
-            "harmonium:grammar_compile_seconds",
-            "Compiling a request's grammar.",
-            buckets=_SECONDS,
-            registry=registry,
-        )
         self.responses = Counter(
             "harmonium:http_responses", "HTTP answers.", ["path", "status"], registry=registry
         )
@@ -99,6 +93,12 @@ class _EngineCollector:
         share = used / (used + free) if used + free else 0.0
         yield GaugeMetricFamily("vllm:kv_cache_usage_perc", "Share of the cache in use, 0 to 1.", share)
         yield CounterMetricFamily("vllm:num_preemptions", "Preemptions.", statistics.num_preemptions)
+        yield CounterMetricFamily(
+            "harmonium:grammar_seconds", "Time that steps waited for masks.", statistics.constraint_seconds
+        )
+        yield CounterMetricFamily(
+            "harmonium:forced_tokens", "Tokens that the grammar put.", statistics.num_forced_tokens
+        )
         yield CounterMetricFamily("harmonium:engine_steps", "Steps of the engine.", statistics.num_steps)
         yield GaugeMetricFamily(
             "harmonium:window_blocks_used",

@@ -6,7 +6,6 @@ Source: OpenAI's Responses API as its SDK calls it; docs/api.md lists every fiel
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 import uuid
 from collections.abc import AsyncGenerator
@@ -20,7 +19,6 @@ from harmonium.harmony.render import render_prompt
 from harmonium.harmony.vocabulary import vocabulary
 from harmonium.server.body import ignored_headers, read_model, request_schema
 from harmonium.server.errors import api_error, log_defect
-from harmonium.server.keys import key_of
 from harmonium.server.responses_dialect import (
     DIALECT_HEADER,
     Dialect,
@@ -50,9 +48,7 @@ def responses_of(request: Request) -> Responses:
 
 def _owner(request: Request) -> str:
     """Who asks: a digest of the API key, "" on a server without keys. Only its owner sees a response."""
-    if not state_of(request).config.api_keys:
-        return ""
-    return hashlib.sha256((key_of(request.headers) or "").encode("utf-8", "surrogateescape")).hexdigest()
+    return state_of(request).owner_of(request.headers)
 
 
 @router.post("", response_class=Response, openapi_extra=dict(request_schema(ResponsesRequest)))

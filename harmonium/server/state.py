@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
+from starlette.datastructures import Headers
 from starlette.requests import Request
 
 from harmonium.engine.protocol import Engine
 from harmonium.errors import ApiError
 from harmonium.server.config import ServerConfig
 from harmonium.server.errors import busy
+from harmonium.server.keys import key_of
 from harmonium.server.metrics import Metrics
 
 Status = Literal["loading", "ready", "draining", "failed"]
@@ -95,6 +98,19 @@ class ServerState:
             param="model",
             code="model_not_found",
         )
+
+    def owner_of(self, headers: Headers) -> str:
+        """Who asks: a digest of the API key that was accepted; "" on a server without keys.
+
+        Owners share neither responses nor cached prefixes, whose timing would tell what others asked.
+        """
+        if not self.config.api_keys:
+            return ""
+        return hashlib.sha256((key_of(headers) or "").encode("utf-8", "surrogateescape")).hexdigest()
+
+    def cache_salt(self, headers: Headers, asked: str | None = None) -> str:
+        """What keeps cached prefixes apart: the owner, and what the request asked for."""
+        return "/".join(part for part in (self.owner_of(headers), asked) if part)
 
     @property
     def today(self) -> str:

@@ -16,7 +16,17 @@ from harmonium.errors import ConfigError
 from harmonium.server import Limits, ServerConfig, ServerState, create_app
 from harmonium.server.middleware import OPEN_PATHS
 from tests.scripted_chat import REASONED
-from tests.server.client import BASE_URL, HELLO, call, chat, error_of, make_state, prompt_text, with_client
+from tests.server.client import (
+    BASE_URL,
+    HELLO,
+    call,
+    chat,
+    engine_of,
+    error_of,
+    make_state,
+    prompt_text,
+    with_client,
+)
 
 PATH = "/v1/chat/completions"
 KEYS = ("sk-one", "sk-two")
@@ -310,3 +320,18 @@ def test_defect_of_ours_is_a_500_that_tells_nothing(monkeypatch: pytest.MonkeyPa
 
 def test_base_url_of_these_tests_is_loopback() -> None:
     assert BASE_URL.startswith("http://127.0.0.1")
+
+
+def test_owners_of_different_keys_share_no_cached_prefix() -> None:
+    state = make_state(REASONED, api_keys=KEYS)
+    for key in KEYS:
+        for path, body in ((PATH, {"messages": HELLO}), ("/v1/completions", {"prompt": "x"})):
+            headers = {"authorization": f"Bearer {key}"}
+            assert call(state, "POST", path, json=body, headers=headers).status_code == 200
+    salts = [request.cache_salt for request in engine_of(state).requests]
+    assert salts[0] == salts[1] != salts[2] == salts[3]
+    assert not any(key in salt for key in KEYS for salt in salts)
+    unlocked = make_state(REASONED)
+    chat(unlocked, cache_salt="mine")
+    chat(unlocked)
+    assert [request.cache_salt for request in engine_of(unlocked).requests] == ["mine", ""]
