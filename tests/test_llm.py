@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -426,3 +427,12 @@ def test_none_means_no_tools_and_the_default_settings() -> None:
     with Scripted(ANSWER, ANSWER).llm as llm:
         assert llm.chat("Hi", tools=None, builtin_tools=None, sampling=None).content == "Hello there"
         assert len(llm.generate(["Hi"], [None])) == 1
+
+
+def test_step_after_a_file_was_shortened_is_an_error_and_not_the_end(tmp_path: Path) -> None:
+    folder = make_tiny_checkpoint(tmp_path / "model", vocabulary_size=64)
+    with LLM(folder, context_length=64, threads=1) as llm:
+        assert llm.logits([1, 2]).shape == (2, 64)
+        os.truncate(folder / "model.safetensors", 4096)
+        with pytest.raises(EngineError, match="shortened"):
+            llm.generate([[1, 2]])

@@ -86,6 +86,11 @@ class Checkpoint:
             info = self._info(name)
             self._files[info.file].advise(advice, info.offset, info.nbytes)
 
+    def check_sizes(self) -> None:
+        """Raise CheckpointError when a file was shortened since it was opened: reading could be fatal."""
+        for file in self._files.values():
+            file.check_size()
+
     def _info(self, name: str) -> TensorInfo:
         info = self.tensors.get(name)
         if info is None:

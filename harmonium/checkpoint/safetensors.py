@@ -66,8 +66,9 @@ class SafetensorsFile:
     """A mapped file with a header that has been checked whole.
 
     Views hold the map: one that outlives `close` stays valid, and the map goes when the last of them does.
-    Nobody may shorten the file meanwhile (the operating system would end the process with SIGBUS); whoever
-    replaces a checkpoint writes a new file and renames it.
+    Nobody may shorten the file meanwhile: the operating system would end the process with SIGBUS. `view` and
+    `check_size` notice it where it has happened before they are called; whoever replaces a checkpoint writes
+    a new file and renames it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -89,8 +90,8 @@ class SafetensorsFile:
         Where a tensor of two-byte numbers begins at an odd byte, which the format allows and nobody writes,
         the array is a read-only copy, because kernels need aligned numbers.
         """
-        if self._map is None:
-            raise CheckpointError(f"{self.path}: has been closed")
+        self.check_size()
+        assert self._map is not None, "check_size refuses a closed file"
         array: npt.NDArray[Any] = np.frombuffer(
             self._map, dtype=_NUMPY_DTYPE[dtype], count=math.prod(shape), offset=offset
         ).reshape(shape)
@@ -98,6 +99,16 @@ class SafetensorsFile:
             array = array.copy()
             array.flags.writeable = False
         return array
+
+    def check_size(self) -> None:
+        """Raise CheckpointError when the file is shorter than its map or has been closed. Costs one fstat."""
+        if self._map is None:
+            raise CheckpointError(f"{self.path}: has been closed")
+        if self._map.size() < len(self._map):
+            raise CheckpointError(
+                f"{self.path}: has been shortened to {self._map.size():,} bytes while it was in use; it had "
+                f"{len(self._map):,}"
+            )
 
     def advise(self, advice: Advice, offset: int, nbytes: int) -> None:
         """Tell the operating system that these bytes will be read soon, or that their pages may leave memory.

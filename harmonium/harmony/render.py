@@ -116,7 +116,7 @@ def _call_header(message: Message) -> list[int]:
     """The order in which the model writes a call: the recipient follows the channel.
 
     The Harmony library puts it after the role; the model then meets a form that it does not write itself and
-    starts to mix both (FAULTS B01, B02 describe what comes of it).
+    starts to mix both: a glued `<|channel|>` in a tool's name is what comes of it.
     """
     encode = vocabulary().encode
     ids = encode("assistant")

@@ -88,14 +88,6 @@ class NativeRunner:
         return self._config
 
     @property
-    def bytes_per_full_block(self) -> int:
-        return block_bytes(self._config, "full")
-
-    @property
-    def bytes_per_window_block(self) -> int:
-        return block_bytes(self._config, "window")
-
-    @property
     def max_batch_tokens(self) -> int:
         return self._max_batch_tokens
 
@@ -120,10 +112,13 @@ class NativeRunner:
             self._caches.append((np.full(shape, 0, np.uint16), np.full(shape, 0, np.uint16)))
 
     def step(self, batch: Batch) -> StepResult:
-        """See Runner. Raises EngineClosed after `close`, EngineError when a row of logits holds NaN."""
+        """See Runner. Raises EngineClosed after `close`, EngineError when a row of logits holds NaN,
+        CheckpointError when a file of the checkpoint was shortened meanwhile.
+        """
         weights, scratch = self._weights, self._scratch
         if weights is None or scratch is None:
             raise EngineClosed("the runner has been closed")
+        self._checkpoint.check_sizes()
         num_tokens = batch.token_id_T.size
         assert 0 < num_tokens <= self._max_batch_tokens, (
             f"{num_tokens} tokens; scratch is for {self._max_batch_tokens}"

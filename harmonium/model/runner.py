@@ -19,16 +19,6 @@ class Runner(Protocol):
     def config(self) -> ModelConfig: ...
 
     @property
-    def bytes_per_full_block(self) -> int:
-        """Memory of one block of all full-attention layers."""
-        ...
-
-    @property
-    def bytes_per_window_block(self) -> int:
-        """Memory of one block of all window layers."""
-        ...
-
-    @property
     def max_batch_tokens(self) -> int:
         """Most tokens a step may hold: the scratch was made for it."""
         ...

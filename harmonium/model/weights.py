@@ -36,6 +36,10 @@ class MappedSource(TensorSource, Protocol):
         """Tell the system that tensors will be read soon, or that their mapped pages may leave memory."""
         ...
 
+    def check_sizes(self) -> None:
+        """Raise CheckpointError when a file has become shorter than its map."""
+        ...
+
     def close(self) -> None: ...
 
 

@@ -250,3 +250,15 @@ def test_a_pipe_or_folder_in_place_of_a_file_is_refused_without_waiting(tmp_path
 def test_a_name_that_the_model_lacks_is_refused(plain: Checkpoint) -> None:
     with pytest.raises(CheckpointError, match=r"no tensor 'layers\.9\.router\.weight'"):
         plain.tensor("layers.9.router.weight")
+
+
+def test_file_that_is_shortened_while_open_is_noticed_before_it_is_read(tmp_path: Path) -> None:
+    """Touching a page behind the end would end the process with SIGBUS."""
+    folder = make_tiny_checkpoint(tmp_path / "model", vocabulary_size=64)
+    with open_checkpoint(folder) as checkpoint:
+        checkpoint.check_sizes()
+        os.truncate(folder / "model.safetensors", 4096)
+        with pytest.raises(CheckpointError, match=r"shortened to 4,096 bytes while it was in use"):
+            checkpoint.check_sizes()
+        with pytest.raises(CheckpointError, match="shortened"):
+            checkpoint.tensor("norm.weight")

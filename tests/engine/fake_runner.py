@@ -98,8 +98,6 @@ class FakeRunner:
         seconds_per_step: float = 0.0,
     ) -> None:
         self.config = fake_config(window)
-        self.bytes_per_full_block = 8 * P
-        self.bytes_per_window_block = 16 * P
         self.max_batch_tokens = max_batch_tokens
         self.before_step = before_step
         self.seconds_per_step = seconds_per_step

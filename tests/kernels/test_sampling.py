@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,12 +14,7 @@ VOCABULARY = 201_088
 Row = npt.NDArray[np.float32]
 
 
-@pytest.fixture(params=runtime.supported_isa(), autouse=True)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = runtime.current_isa(), runtime.current_threads()
-    runtime.configure(request.param, threads=2)
-    yield request.param
-    runtime.configure(*before)
+pytestmark = pytest.mark.usefixtures("isa")
 
 
 def draw(logits_V: Row, **settings: Any) -> Draw:

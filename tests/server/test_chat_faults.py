@@ -1,4 +1,4 @@
-"""FAULTS.md over POST /v1/chat/completions: what the model emits, and what the client sees of it.
+"""What users reported, over POST /v1/chat/completions: what the model emits, and what the client sees of it.
 
 Every case is asked for in one piece and as a stream, whole and token by token; all four must agree.
 """
