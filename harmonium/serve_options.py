@@ -17,7 +17,17 @@ DEFAULT_MAX_QUEUE = 64
 def add_serving(parser: argparse.ArgumentParser) -> None:
     """Where to listen, who may come in, how answers are made."""
     _add_listening(parser.add_argument_group("listening"))
-    group = parser.add_argument_group("answers")
+    _add_answers(parser.add_argument_group("answers"))
+    group = parser.add_argument_group("state")
+    group.add_argument(
+        "--store", metavar="FILE", help="where responses are kept (SQLite); default: in memory until the end"
+    )
+    group.add_argument(
+        "--engine", metavar="script:FILE", help="play answers from a file; no model is needed (docs/api.md)"
+    )
+
+
+def _add_answers(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--served-model-name", nargs="+", default=[], metavar="NAME", help="names that requests may use"
     )
@@ -44,12 +54,6 @@ def add_serving(parser: argparse.ArgumentParser) -> None:
         choices=("both", "reasoning_content", "reasoning"),
         default="both",
         help="under which name chat completions give the reasoning (default both)",
-    )
-    group.add_argument(
-        "--store", metavar="FILE", help="where responses are kept (SQLite); default: in memory until the end"
-    )
-    group.add_argument(
-        "--engine", metavar="script:FILE", help="play answers from a file; no model is needed (docs/api.md)"
     )
     group.add_argument(
         "--limit",

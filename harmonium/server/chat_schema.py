@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import Field
 
 from harmonium.errors import ApiError
+from harmonium.harmony.chat_history import REASONING_FIELDS
 from harmonium.server.body import RequestModel
 from harmonium.server.sampling_fields import SamplingFields
 
@@ -83,6 +84,11 @@ def unsupported(name: str, reason: str) -> ApiError:
     return ApiError(f"{name} is not supported: {reason}", param=name, code="unsupported_parameter")
 
 
+_MESSAGE_FIELDS = frozenset(
+    ["role", "content", "tool_calls", "tool_call_id", "refusal", "annotations", "audio", "function_call"]
+) | frozenset(REASONING_FIELDS)
+
+
 def without_effect(request: ChatCompletionRequest) -> Iterator[str]:
     """Known fields that this request sets and that change nothing here; docs/api.md gives the reasons."""
     if request.store:
@@ -97,3 +103,5 @@ def without_effect(request: ChatCompletionRequest) -> Iterator[str]:
         yield "prompt_cache_retention"
     if request.ignore_eos:
         yield "ignore_eos"
+    names = {name for message in request.messages for name in message if name not in _MESSAGE_FIELDS}
+    yield from (f"messages[].{name}" for name in sorted(names))

@@ -7,7 +7,7 @@ Source of names: vllm-project/vllm:docs/design/metrics.md.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -27,7 +27,7 @@ class Metrics:
     """The registry of one server. Attributes are counters and histograms to be told of what happens."""
 
     def __init__(self, state: ServerState) -> None:
-        self._registry = registry = CollectorRegistry()
+        self._registry = registry = _NamedRegistry(state)
         self.prompt_tokens = Counter("vllm:prompt_tokens", "Prompt tokens of answers.", registry=registry)
         self.generation_tokens = Counter(
             "vllm:generation_tokens", "Tokens that were written.", registry=registry
@@ -49,8 +49,14 @@ class Metrics:
             registry=registry,
         )
         self.token_seconds = Histogram(
-            "vllm:time_per_output_token_seconds",
+            "vllm:request_time_per_output_token_seconds",
             "Mean time of a token after the first, of each answer.",
+            buckets=_TOKEN_SECONDS,
+            registry=registry,
+        )
+        self.inter_token = Histogram(
+            "vllm:inter_token_latency_seconds",
+            "Time between the tokens that a client sees.",
             buckets=_TOKEN_SECONDS,
             registry=registry,
         )
@@ -70,9 +76,21 @@ class Metrics:
         return generate_latest(self._registry)
 
 
-class _HasStatistics(Protocol):
-    @property
-    def statistics(self) -> EngineStatistics: ...
+class _NamedRegistry(CollectorRegistry):
+    """Gives vLLM's metrics the label `model_name`, by which dashboards choose."""
+
+    def __init__(self, state: ServerState) -> None:
+        super().__init__()
+        self._state = state
+
+    def collect(self) -> Iterator[Metric]:
+        name = next(iter(self._state.model_names), "")
+        for metric in super().collect():
+            if metric.name.startswith("vllm:"):
+                metric.samples = [
+                    sample._replace(labels={"model_name": name, **sample.labels}) for sample in metric.samples
+                ]
+            yield metric
 
 
 class _EngineCollector:

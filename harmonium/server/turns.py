@@ -127,12 +127,18 @@ class _Meter:
         self._metrics = state.metrics
         self._began = time.monotonic()
         self._first: float | None = None
+        self._last = self._began
         self._finish: Finish | None = None
 
     def push(self, event: ChatEvent) -> None:
-        if self._first is None and isinstance(event, (ReasoningDelta, ContentDelta, ToolArgumentsDelta)):
-            self._first = time.monotonic()
-            self._metrics.first_token.observe(self._first - self._began)
+        if isinstance(event, (ReasoningDelta, ContentDelta, ToolArgumentsDelta)):
+            now = time.monotonic()
+            if self._first is None:
+                self._first = now
+                self._metrics.first_token.observe(now - self._began)
+            else:
+                self._metrics.inter_token.observe(now - self._last)
+            self._last = now
         if isinstance(event, Finish):
             self._finish = event
 

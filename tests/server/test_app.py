@@ -42,3 +42,24 @@ def test_model_has_all_its_names_and_no_other() -> None:
     assert chat(state).json()["model"] == "gpt-oss-20b"
     error = error_of(chat(state, model="gpt-4"), 404)
     assert (error["code"], error["param"]) == ("model_not_found", "model")
+
+
+def test_metrics_count_what_happened_under_vllm_s_names() -> None:
+    state = make_state(REASONED, model_names=("gpt-oss-20b",))
+    usage = chat(state).json()["usage"]
+    chat(state, stream=True)
+    call(state, "POST", "/v1/completions", json={"prompt": "x"})
+    text = call(state, "GET", "/metrics").text
+    values = {
+        line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1])
+        for line in text.splitlines()
+        if not line.startswith("#")
+    }
+    label = '{model_name="gpt-oss-20b"}'
+    assert values[f"vllm:prompt_tokens_total{label}"] == 2 * usage["prompt_tokens"] + 1
+    assert values[f"vllm:generation_tokens_total{label}"] == 3 * usage["completion_tokens"]
+    assert values[f"vllm:time_to_first_token_seconds_count{label}"] == 3
+    assert values[f"vllm:request_time_per_output_token_seconds_count{label}"] == 2
+    assert values[f"vllm:inter_token_latency_seconds_count{label}"] == 6
+    assert values[f"vllm:e2e_request_latency_seconds_count{label}"] == 3
+    assert values['harmonium:http_responses_total{path="/v1/chat/completions",status="200"}'] == 2

@@ -80,7 +80,7 @@ def test_leaving_in_queue_prefill_and_decode_gives_every_block_back(is_streamed:
     body = {"prompt": prompt, "max_tokens": 500, "stream": is_streamed, "ignore_eos": True}
     try:
         with served(state) as url:
-            for number in range(12):
+            for number in range(20):
                 connections = [raw_request(url, body, "/v1/completions") for _ in range(5)]
                 wait_until(lambda: state.num_held > 0)
                 time.sleep(0.004 * number)
@@ -105,13 +105,15 @@ def test_more_answers_than_slots_are_429_before_any_token() -> None:
             assert "try again in 1s" in error["message"]
             assert response.headers["retry-after"] == "1"
         metrics = httpx.get(f"{url}/metrics").text
-        assert "vllm:num_requests_running 1.0" in metrics
-        assert "vllm:num_requests_waiting 1.0" in metrics
+        assert 'vllm:num_requests_running{model_name="scripted"} 1.0' in metrics
+        assert 'vllm:num_requests_waiting{model_name="scripted"} 1.0' in metrics
         assert "harmonium:requests_refused_total 2.0" in metrics
         for connection in held:
             connection.close()
         wait_until(lambda: state.num_held == 0)
-        assert "vllm:num_requests_running 0.0" in httpx.get(f"{url}/metrics").text
+        metrics = httpx.get(f"{url}/metrics").text
+        assert 'vllm:num_requests_running{model_name="scripted"} 0.0' in metrics
+        assert 'finished_reason="abort",model_name="scripted"} 2.0' in metrics
 
 
 def test_n_answers_take_n_slots_or_none() -> None:

@@ -251,9 +251,9 @@ def test_long_text_does_not_hold_up_others() -> None:
 
 def test_unknown_and_idle_fields_are_named_in_a_header() -> None:
     fields = {"frequency": 1, "stream_options": {"x": 1}, "stream": True, "store": True, "verbosity": "low"}
-    response = chat(make_state(REASONED), **fields)
+    response = chat(make_state(REASONED), [{**HELLO[0], "name": "Bo"}], **fields)
     names = set(response.headers["x-harmonium-ignored"].split(","))
-    assert names == {"frequency", "stream_options.x", "store", "verbosity"}
+    assert names == {"frequency", "stream_options.x", "store", "verbosity", "messages[].name"}
     assert "x-harmonium-ignored" not in chat(make_state(REASONED)).headers
     evil = chat(make_state(REASONED), **{"a\r\nset-cookie: x": 1})
     assert evil.status_code == 200 and "set-cookie" not in evil.headers
