@@ -22,7 +22,6 @@ from harmonium.config import EngineConfig, environment_api_keys
 from harmonium.engine.protocol import Engine
 from harmonium.errors import ConfigError, HarmoniumError
 from harmonium.harmony.messages import reasoning_effort
-from harmonium.loading import find_model, progress_bar
 from harmonium.script_file import scripted_engine
 from harmonium.server.app import create_app
 from harmonium.server.config import Limits, ServerConfig
@@ -206,7 +205,9 @@ async def _make_engine(
             scripted_engine, script, context_length=config.context_length or 131_072
         )
     assert model is not None, "one of both is given"
-    from harmonium.engine.create import create_engine  # here: a script needs no native kernels
+    # Here: a script needs no native kernels.
+    from harmonium.engine.create import create_engine
+    from harmonium.loading import find_model, progress_bar
 
     path = find_model(model)
     with progress_bar(f"loading {path.name}") as bar:
