@@ -17,7 +17,7 @@ from harmonium.config import CACHE_BLOCK_TOKENS, Weights
 from harmonium.errors import CheckpointError, EngineClosed
 from harmonium.kernels.ops import attention, gather_rows, rms_norm, rope_and_store, router
 from harmonium.model.batch import Batch, SampledToken, StepResult
-from harmonium.model.memory import EMBEDDING_ROWS_KEPT, MAX_LOGIT_ROWS, block_bytes
+from harmonium.model.memory import EMBEDDING_ROWS_KEPT, MAX_LOGIT_ROWS
 from harmonium.model.pages import Reader
 from harmonium.model.rope import attention_factor, inverse_frequencies, rope_tables
 from harmonium.model.sampler import sample_rows

@@ -36,9 +36,9 @@ class Reader:
     A step that needs a page which has not come yet reads it itself, so an answer can start before a cold file
     is read whole. The arrays must stay mapped until `close` or `wait` has returned.
 
-    arrays: read in this order, and mapped. gathered: a table of which steps take single rows; its file is read
-    last, into the system's cache alone, and a row that is not there costs its own pages and not the megabytes
-    of a read-ahead.
+    arrays: read in this order, and mapped. gathered: a table of which steps take single rows; its file is
+    read last, into the system's cache alone, and a row that is not there costs its own pages and not the
+    megabytes of a read-ahead.
     """
 
     def __init__(self, arrays: Iterable[npt.NDArray[Any]], gathered: npt.NDArray[Any] | None = None) -> None:
