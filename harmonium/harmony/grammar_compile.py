@@ -226,16 +226,22 @@ def _matcher(form: TextFormat, grammar: str) -> LLMatcher:
                 f"a repetition counts to {max(low, high, key=len)}; the limit is {_MAX_COUNT:,}"
             )
     matcher = LLMatcher(tokenizer(), grammar, log_level=0, limits=_parser_limits())
-    if not matcher.is_error():
-        mask = np.zeros(MASK_WORDS, np.uint32)
-        fresh = matcher.deep_copy()  # a mask may move the matcher on
-        fresh.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        remove_special_tokens(mask)
-        if fresh.is_error() or not (mask.any() or fresh.is_accepting()):
-            raise _RefusedError(_shown(fresh.get_error()) or "nothing satisfies it")
     if matcher.is_error():
         raise _RefusedError(_shown(matcher.get_error()))
+    trial = matcher.deep_copy()
+    _check_mask(trial)
+    for opening in ("{", '"') if form.is_json else ():  # limits that show where an object's properties come
+        if trial.try_consume_tokens(vocabulary().encode(opening)) or trial.is_error():
+            _check_mask(trial)
     return matcher
+
+
+def _check_mask(matcher: LLMatcher) -> None:
+    mask = np.zeros(MASK_WORDS, np.uint32)
+    matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+    remove_special_tokens(mask)
+    if matcher.is_error() or not (mask.any() or matcher.is_accepting()):
+        raise _RefusedError(_shown(matcher.get_error()) or "nothing satisfies it")
 
 
 def _shown(error: str) -> str:
@@ -249,8 +255,11 @@ def _shown(error: str) -> str:
 @lru_cache(maxsize=1)
 def _parser_limits() -> LLParserLimits:
     # A lexer state takes 1 to 2 kB, so one message's parser stays under 50 MB; the library's own bound is ten
-    # times that.
-    return LLParserLimits(max_lexer_states=25_000, verbose_errors=False)
+    # times that. Its bounds for a row (2,000 items) and a mask (50,000) stop short of 500 optional properties
+    # or 1,000 alternatives; with ours such a mask takes some 20 ms.
+    return LLParserLimits(
+        max_lexer_states=25_000, max_items_in_row=2_500, step_max_items=150_000, verbose_errors=False
+    )
 
 
 _tokenizer_lock = threading.Lock()

@@ -147,6 +147,8 @@ class TurnState:
             return
         is_text = 0 <= token_id < NUM_TEXT_TOKENS and not self._reasoning_is_spent(place)
         if not is_text or (matcher is not None and not matcher.try_consume_tokens([token_id])):
+            if matcher is not None and matcher.is_error():
+                raise EngineError(f"the grammar of {body.subject} failed: {matcher.get_error()}")
             raise self._illegal(token_id)
 
     def _illegal(self, token_id: int) -> EngineError:

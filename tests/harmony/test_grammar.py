@@ -451,6 +451,30 @@ def test_compilation_has_a_deadline_that_names_the_limit(monkeypatch: pytest.Mon
         release.set()
 
 
+@pytest.mark.parametrize(("count", "is_taken"), [(500, True), (1500, False)])
+def test_object_of_too_many_optional_properties_is_refused_before_it_is_begun(
+    count: int, is_taken: bool
+) -> None:
+    schema = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(count)}}
+    rules = TurnRules(answer=json_schema_format(schema, "schema"), allows_reasoning=False)
+    if is_taken:
+        follow(compile_turn(rules), '<|channel|>final<|message|>{"p3":"x","p499":"y"}<|return|>')
+    else:
+        with pytest.raises(RequestError, match="items"):
+            compile_turn(rules)
+
+
+def test_thousand_alternatives_are_followed() -> None:
+    alternatives = [
+        {"type": "object", "properties": {"k": {"const": i}, "v": {"type": "string"}}, "required": ["k", "v"]}
+        for i in range(1000)
+    ]
+    turn = compile_turn(
+        TurnRules(answer=json_schema_format({"anyOf": alternatives}, "schema"), allows_reasoning=False)
+    )
+    assert follow(turn, '<|channel|>final<|message|>{"k":999,"v":"x"}<|return|>').is_complete
+
+
 def test_size_limit_names_both_numbers() -> None:
     limits = GrammarLimits(max_definition_bytes=10)
     with pytest.raises(RequestError, match=r"tool 'get_weather': its grammar has \d+ bytes; the limit is 10"):
