@@ -21,7 +21,7 @@ from harmonium.server.chat_output import ChoiceStream, OutputOptions, choice_jso
 from harmonium.server.chat_schema import ChatCompletionRequest, without_effect
 from harmonium.server.merge import merge
 from harmonium.server.sse import DONE, encode_json, event, event_stream, unless_gone
-from harmonium.server.state import ServerState, state_of
+from harmonium.server.state import ServerState, cache_salt, state_of
 from harmonium.server.tool_input import custom_names
 from harmonium.server.turns import Turn, check_finish, close_turns, open_turns
 
@@ -37,7 +37,7 @@ async def create_chat_completion(request: Request) -> Response:
     body = await read_model(request, ChatCompletionRequest)
     model = state.check_model(body.model)
     completion_id = f"chatcmpl-{uuid.uuid4().hex}"
-    salt = state.cache_salt(request.headers, body.cache_salt)
+    salt = cache_salt(state.owner_of(request.headers), body.cache_salt)
     requests = await asyncio.to_thread(chat_requests, state, body, completion_id, salt)
     completion = _Completion(state, body, requests, completion_id, model, int(time.time()))
     headers = ignored_headers(body, without_effect(body))

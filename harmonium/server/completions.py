@@ -27,7 +27,7 @@ from harmonium.server.merge import merge
 from harmonium.server.raw_turns import RawTurn
 from harmonium.server.sampling_fields import sampling_params
 from harmonium.server.sse import DONE, encode_json, event, event_stream, unless_gone
-from harmonium.server.state import ServerState, state_of
+from harmonium.server.state import ServerState, cache_salt, state_of
 from harmonium.stop_text import TextPiece
 
 router = APIRouter()
@@ -47,7 +47,7 @@ async def create_completion(request: Request) -> Response:
     model = state.check_model(body.model)
     check_completion(body, state.config.limits)
     prompts = await asyncio.to_thread(prompts_of, body, state.config.limits)
-    salt = state.cache_salt(request.headers, body.cache_salt)
+    salt = cache_salt(state.owner_of(request.headers), body.cache_salt)
     completion = _Completion(state, body, f"cmpl-{uuid.uuid4().hex}", model, salt)
     completion.open(prompts)
     headers = ignored_headers(body)

@@ -11,6 +11,7 @@ from harmonium.server.state import state_of
 router = APIRouter()
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health", response_class=JSONResponse)
 async def health(request: Request) -> Response:
     """loading, ready, draining or failed, with how far loading is. 200 unless it failed: the server lives."""
@@ -21,6 +22,7 @@ async def health(request: Request) -> Response:
     return JSONResponse(body, 503 if state.status == "failed" else 200)
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready", response_class=JSONResponse)
 async def ready(request: Request) -> Response:
     """200 when a request would be served, 503 otherwise: for load balancers."""

@@ -19,7 +19,7 @@ from harmonium.server.responses_rules import response_rules
 from harmonium.server.responses_schema import ResponsesRequest, TextFormat, check_request
 from harmonium.server.responses_tools import ToolTable, read_tool_choice, read_tools
 from harmonium.server.responses_truncation import room_for_answer, truncate
-from harmonium.server.state import ServerState
+from harmonium.server.state import ServerState, cache_salt
 from harmonium.server.store import ResponseStore, StoredConversation, StoredTurn
 from harmonium.server.tool_input import check_schema_size
 
@@ -76,7 +76,7 @@ def prepare_response(
         chat_request=ChatRequest(
             conversation,
             _sampling(body),
-            cache_salt=body.cache_salt or "",
+            cache_salt=cache_salt(owner, body.cache_salt),
             request_id=response_id,
             grammar=rules,
         ),

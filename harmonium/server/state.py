@@ -108,10 +108,6 @@ class ServerState:
             return ""
         return hashlib.sha256((key_of(headers) or "").encode("utf-8", "surrogateescape")).hexdigest()
 
-    def cache_salt(self, headers: Headers, asked: str | None = None) -> str:
-        """What keeps cached prefixes apart: the owner, and what the request asked for."""
-        return "/".join(part for part in (self.owner_of(headers), asked) if part)
-
     @property
     def today(self) -> str:
         """The date that the model is told: pinned by the config, else today in UTC."""
@@ -148,6 +144,11 @@ class ServerState:
             yield
         finally:
             self._num_held -= count
+
+
+def cache_salt(owner: str, asked: str | None) -> str:
+    """What keeps cached prefixes apart: who asks, and the salt that the request gives."""
+    return "/".join(part for part in (owner, asked) if part)
 
 
 def state_of(request: Request) -> ServerState:

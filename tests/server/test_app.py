@@ -14,6 +14,8 @@ def test_server_says_how_it_stands() -> None:
     assert call(state, "GET", "/ready").status_code == 200
     assert call(loading, "GET", "/health").json() == {"status": "loading", "loaded": 0.0}
     assert call(loading, "GET", "/ready").status_code == 503
+    assert call(state, "HEAD", "/ready").status_code == 200
+    assert call(loading, "HEAD", "/health").content == b""
     state.drain()
     assert call(state, "GET", "/health").json() == {"status": "draining"}
 

@@ -288,6 +288,24 @@ def test_b39_no_system_or_developer_message_is_lost() -> None:
     assert text.index("My name?") < text.index("Answer in verse")
 
 
+def test_b40_system_text_is_rendered_whole() -> None:
+    state = make_state("<|channel|>final<|message|>x<|return|>")
+    text = "Answer in French only. " + " ".join(f"Rule {number}: be brief." for number in range(60))
+    chat(state, [{"role": "system", "content": text}, *HELLO])
+    assert f"<|start|>developer<|message|># Instructions\n\n{text}<|end|>" in prompt_text(state)
+
+
+def test_b51_each_message_of_a_turn_has_its_own_start() -> None:
+    state = make_state("<|channel|>final<|message|>x<|return|>")
+    text = history(
+        state, {"role": "assistant", "content": "C", "reasoning": "T", "tool_calls": [call_of()]}, RESULT
+    )
+    assert (
+        f"<|start|>assistant{ANALYSIS}T<|end|><|start|>assistant<|channel|>commentary<|message|>C<|end|>"
+        in text
+    )
+
+
 def test_b41_template_arguments_are_honored_or_refused() -> None:
     state = make_state("<|channel|>final<|message|>x<|return|>")
     kwargs = {"model_identity": "You are Ada.", "reasoning_effort": "high", "builtin_tools": ["python"]}

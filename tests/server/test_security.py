@@ -325,11 +325,16 @@ def test_base_url_of_these_tests_is_loopback() -> None:
 def test_owners_of_different_keys_share_no_cached_prefix() -> None:
     state = make_state(REASONED, api_keys=KEYS)
     for key in KEYS:
-        for path, body in ((PATH, {"messages": HELLO}), ("/v1/completions", {"prompt": "x"})):
+        for path, body in (
+            (PATH, {"messages": HELLO}),
+            ("/v1/completions", {"prompt": "x"}),
+            ("/v1/responses", {"input": "x"}),
+        ):
             headers = {"authorization": f"Bearer {key}"}
             assert call(state, "POST", path, json=body, headers=headers).status_code == 200
     salts = [request.cache_salt for request in engine_of(state).requests]
-    assert salts[0] == salts[1] != salts[2] == salts[3]
+    assert len(set(salts[:3])) == len(set(salts[3:])) == 1
+    assert salts[0] != salts[3]
     assert not any(key in salt for key in KEYS for salt in salts)
     unlocked = make_state(REASONED)
     chat(unlocked, cache_salt="mine")
