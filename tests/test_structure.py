@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "harmonium"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
+@cache
 def names_used(path: Path) -> set[str]:
     """Dotted names of a module: what it imports, and every attribute path such as os.environ."""
     names: set[str] = set()

@@ -95,13 +95,16 @@ class ReferenceModel:
             distance_QS = np.arange(rows.start, rows.stop)[:, None] - np.arange(seen.start, seen.stop)
             visible_QS = (distance_QS >= 0) & (distance_QS < window)
             for g in range(G):
-                score_QRS = (query_TGRK[rows, g] * K**-0.5) @ key_TGK[seen, g].T
+                # One product of [Q R, K] with [K, S]: a stack of small ones takes several times as long.
+                query_QRK = query_TGRK[rows, g] * K**-0.5
+                score_QRS = np.tensordot(query_QRK, key_TGK[seen, g], axes=(2, 1))
                 score_QRS[~np.broadcast_to(visible_QS[:, None], score_QRS.shape)] = -np.inf
                 # The sink is one more column of scores that takes its share of the softmax and has no value.
                 top_QR = np.maximum(score_QRS.max(axis=-1), sink_GR[g])
                 weight_QRS = np.exp(score_QRS - top_QR[..., None])
                 total_QR = weight_QRS.sum(axis=-1) + np.exp(sink_GR[g] - top_QR)
-                mixed_TGRK[rows, g] = (weight_QRS @ value_TGK[seen, g]) / total_QR[..., None]
+                mixed_QRK = np.tensordot(weight_QRS, value_TGK[seen, g], axes=(2, 0))
+                mixed_TGRK[rows, g] = mixed_QRK / total_QR[..., None]
         return self.linear(mixed_TGRK.reshape(T, G * R * K), f"{name}.out.weight", f"{name}.out.bias")
 
     def experts(self, layer: int, hidden_TD: Array) -> Array:
