@@ -14,6 +14,7 @@ EFFORTS: Mapping[str, ReasoningEffort] = {
     "medium": "medium",
     "high": "high",
     "xhigh": "high",
+    "max": "high",
 }
 """The models always reason, so that none is their least."""
 
