@@ -1,28 +1,23 @@
 """The real Codex CLI against our Responses API: it runs commands, edits files, takes schemas and errors.
 
-Needs the program: `npm pack @openai/codex@0.169.0-linux-x64`, unpacked, its `codex` on PATH (or named by
-HARMONIUM_CODEX). Without it the tests are skipped.
+`tests/clients/install FOLDER codex` fetches the program (167 MB); without it the tests are skipped. The
+script's tokens are checked by the grammar of Codex's own requests.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.clients.installed import client_folder
 from tests.clients.serving import serve_script
 
-CODEX = os.environ.get("HARMONIUM_CODEX") or shutil.which("codex")
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CODEX is None, reason="codex is not on PATH, and HARMONIUM_CODEX names none"),
-]
+pytestmark = pytest.mark.slow
 
 CONFIG = """
 model = "gpt-oss-20b"
@@ -51,9 +46,10 @@ def final(text: str) -> dict[str, Any]:
 
 
 class Session:
-    """Codex in a directory of its own, with its own home."""
+    """Codex in a directory of its own, with its own home. program: its executable."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, program: Path, directory: Path) -> None:
+        self.program = program
         self.home = directory / "home"
         self.work = directory / "work"
         self.home.mkdir()
@@ -61,20 +57,16 @@ class Session:
 
     def run(self, address: str, prompt: str, *options: str, extra: str = "") -> list[dict[str, Any]]:
         """The events that `codex exec --json` prints."""
+        return self._exec(address, extra, "-s", "danger-full-access", *options, prompt)
+
+    def resume(self, address: str, prompt: str) -> list[dict[str, Any]]:
+        """Go on with the last session."""
+        return self._exec(address, "", "resume", "--last", prompt)
+
+    def _exec(self, address: str, extra: str, *arguments: str) -> list[dict[str, Any]]:
         (self.home / "config.toml").write_text(CONFIG.format(address=address, extra=extra))
-        assert CODEX is not None
-        command = [
-            CODEX,
-            "exec",
-            "--json",
-            "--skip-git-repo-check",
-            "-s",
-            "danger-full-access",
-            *options,
-            prompt,
-        ]
         done = subprocess.run(
-            command,
+            [self.program, "exec", "--json", "--skip-git-repo-check", *arguments],
             cwd=self.work,
             env={**os.environ, "CODEX_HOME": str(self.home), "LOCAL_KEY": "x"},
             stdin=subprocess.DEVNULL,
@@ -83,12 +75,36 @@ class Session:
             timeout=120,
             check=False,
         )
-        return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        events = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        assert events, done.stderr
+        return events
+
+    def freeform_model(self) -> dict[str, Any]:
+        """A model of Codex's own catalog that edits by apply_patch, under our name."""
+        listed = subprocess.run(
+            [self.program, "debug", "models"],
+            env={**os.environ, "CODEX_HOME": str(self.home)},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        )
+        model: dict[str, Any] = json.loads(listed.stdout)["models"][0]
+        changes = {
+            "slug": "gpt-oss-20b",
+            "apply_patch_tool_type": "freeform",
+            "use_responses_lite": False,
+            "supports_search_tool": False,
+            "tool_mode": None,
+        }
+        return {**model, **changes}
 
 
 @pytest.fixture
 def session(tmp_path: Path) -> Session:
-    return Session(tmp_path)
+    found = sorted(client_folder("codex").glob("package/vendor/*/bin/codex"))
+    assert found, "the package holds no program"
+    return Session(found[0], tmp_path)
 
 
 def said(events: list[dict[str, Any]]) -> list[str]:
@@ -114,28 +130,11 @@ def test_command_edits_a_file(session: Session, tmp_path: Path) -> None:
 def test_patch_is_applied_from_free_text(session: Session, tmp_path: Path) -> None:
     patch = {"harmony": f"{THINK}<|channel|>commentary to=functions.apply_patch<|message|>{PATCH}<|call|>"}
     catalog = tmp_path / "models.json"
-    catalog.write_text(json.dumps({"models": [_freeform_model()]}))
+    catalog.write_text(json.dumps({"models": [session.freeform_model()]}))
     with serve_script(tmp_path, [patch, final("Patched.")]) as address:
         events = session.run(address, "Patch.", extra=f'model_catalog_json = "{catalog}"')
     assert said(events) == ["Patched."], events
     assert (session.work / "patched.txt").read_text() == "by patch\n"
-
-
-def _freeform_model() -> dict[str, Any]:
-    """A model of Codex's own catalog that edits by apply_patch, under our name."""
-    assert CODEX is not None
-    listed = subprocess.run(
-        [CODEX, "debug", "models"], capture_output=True, text=True, check=True, timeout=60
-    )
-    model: dict[str, Any] = json.loads(listed.stdout)["models"][0]
-    changes = {
-        "slug": "gpt-oss-20b",
-        "apply_patch_tool_type": "freeform",
-        "use_responses_lite": False,
-        "supports_search_tool": False,
-        "tool_mode": None,
-    }
-    return {**model, **changes}
 
 
 def test_answer_follows_an_output_schema(session: Session, tmp_path: Path) -> None:
@@ -179,18 +178,5 @@ def test_local_provider_probes_and_answers(
 def test_session_is_resumed_with_its_reasoning_replayed(session: Session, tmp_path: Path) -> None:
     first = {"harmony": f"{THINK}<|channel|>final<|message|>One.<|return|>"}
     with serve_script(tmp_path, [first, final("Two.")]) as address:
-        session.run(address, "First.")
-        (session.home / "config.toml").write_text(CONFIG.format(address=address, extra=""))
-        assert CODEX is not None
-        done = subprocess.run(
-            [CODEX, "exec", "resume", "--last", "--json", "--skip-git-repo-check", "Second."],
-            cwd=session.work,
-            env={**os.environ, "CODEX_HOME": str(session.home), "LOCAL_KEY": "x"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-    events = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert said(events) == ["Two."], done.stderr
+        assert said(session.run(address, "First.")) == ["One."]
+        assert said(session.resume(address, "Second.")) == ["Two."]
