@@ -185,7 +185,8 @@ class _Turn:
         """Close what is open; then `Finish`."""
         yield from self._translate(self._parser.finish(self._engine_reason or "stop"))
         usage = Usage(self._prompt_tokens, len(self._token_ids), self._reasoning_tokens, self._cached_tokens)
-        yield Finish(self._finish_reason(), usage, tuple(self._token_ids), self._error)
+        stop_text = None if self._stop_text is None else self._stop_text.found
+        yield Finish(self._finish_reason(), usage, tuple(self._token_ids), self._error, stop_text)
 
     def _finish_reason(self) -> ChatFinishReason:
         if self._engine_reason in ("aborted", "error"):

@@ -145,12 +145,15 @@ class ToolCallEnded:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The last event. token_ids: everything that the model wrote. error: when finish_reason is "error"."""
+    """The last event. token_ids: everything that the model wrote. error: when finish_reason is "error".
+    stop_text: which of the request's stop texts ended the turn, if one did.
+    """
 
     finish_reason: ChatFinishReason
     usage: Usage
     token_ids: tuple[int, ...]
     error: HarmoniumError | None = None
+    stop_text: str | None = None
 
 
 ChatEvent: TypeAlias = (
@@ -196,7 +199,7 @@ class ToolCallItem:
 @dataclass(frozen=True, slots=True)
 class ChatResult:
     """A whole turn. items: in the order of the model; token_ids: everything that it wrote; warnings: what the
-    grammar did not enforce.
+    grammar did not enforce; stop_text: as in `Finish`.
     """
 
     request_id: str
@@ -207,6 +210,7 @@ class ChatResult:
     token_ids: tuple[int, ...]
     error: HarmoniumError | None = None
     warnings: tuple[str, ...] = ()
+    stop_text: str | None = None
 
     @property
     def reasoning(self) -> str:
@@ -312,6 +316,7 @@ class ResultBuilder:
             token_ids=finish.token_ids,
             error=finish.error,
             warnings=self._warnings,
+            stop_text=finish.stop_text,
         )
 
     def _partial_usage(self, items: list[TextItem | ToolCallItem]) -> Usage:

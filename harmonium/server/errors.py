@@ -1,6 +1,7 @@
-"""Every failure as OpenAI's error object with the status that it deserves.
+"""Every failure as OpenAI's error object with the status that it deserves; under /v1/messages as Anthropic's.
 
 {"error": {"message": ..., "type": ..., "param": ..., "code": ...}}
+{"type": "error", "error": {"type": ..., "message": ...}, "request_id": ...}
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from harmonium.errors import ApiError, EngineBusy, HarmoniumError, PromptTooLong
 
@@ -26,6 +28,18 @@ _TYPES = {
     403: "permission_error",
     404: "not_found_error",
     429: "rate_limit_error",
+}
+MESSAGES_PATH = "/v1/messages"
+"""Under it answers, failures included, are Anthropic's."""
+
+_MESSAGES_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
 }
 _FIELD = re.compile(r"([a-z_]+(?:\[\d+\])?(?:\.[A-Za-z_$]+(?:\[\d+\])?)*) (?:is|has|differs|holds|names)\b")
 """Our messages start with the field they are about: "messages[0].role is 'x'; expected ..."."""
@@ -89,15 +103,54 @@ def error_object(error: BaseException) -> dict[str, Any]:
     }
 
 
+def messages_error_object(error: BaseException, request_id: str | None) -> dict[str, Any]:
+    """Anthropic's error object: the body of a failed request, or the data of a stream's `error` event.
+
+    A prompt that is too long says so in the words by which Anthropic's clients know that they must cut it.
+    """
+    known = api_error(error)
+    usual = "invalid_request_error" if known.status < 500 else "api_error"
+    prefix = "prompt is too long: " if isinstance(error, PromptTooLong) else ""
+    return {
+        "type": "error",
+        "error": {"type": _MESSAGES_TYPES.get(known.status, usual), "message": f"{prefix}{known}"},
+        "request_id": request_id,
+    }
+
+
 def error_response(error: BaseException) -> Response:
     """The whole answer to a request that failed before anything was sent."""
-    known = api_error(error)
-    headers = dict(known.headers)
-    if known.retry_after_seconds is not None:
-        headers["retry-after"] = str(max(1, math.ceil(known.retry_after_seconds)))
-    return Response(
-        json.dumps(error_object(known)), known.status, headers=headers, media_type="application/json"
-    )
+    return _ErrorResponse(error)
+
+
+class _ErrorResponse(Response):
+    """A failure; the path that was asked for says in which API's words."""
+
+    media_type = "application/json"
+
+    def __init__(self, error: BaseException) -> None:
+        known = api_error(error)
+        headers = dict(known.headers)
+        if known.retry_after_seconds is not None:
+            headers["retry-after"] = str(max(1, math.ceil(known.retry_after_seconds)))
+        super().__init__(json.dumps(error_object(known)), known.status, headers=headers)
+        self._error = error
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "")
+        if path == MESSAGES_PATH or path.startswith(f"{MESSAGES_PATH}/"):
+            request_id = scope.get("state", {}).get("request_id")
+            self.body = self.render(json.dumps(messages_error_object(self._error, request_id)))
+            self.headers["content-length"] = str(len(self.body))
+            if request_id is not None:
+                self.headers["request-id"] = request_id
+        await super().__call__(scope, receive, send)
+
+
+def wrong_value(where: str, value: object, expected: str) -> ApiError:
+    """400: the field `where` is this value, and should be something else."""
+    shown = "missing" if value is None else _shown(value)
+    return ApiError(f"{where} is {shown}; expected {expected}", param=where, code="invalid_value")
 
 
 def log_defect(error: BaseException, where: str) -> None:
