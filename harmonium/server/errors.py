@@ -32,6 +32,9 @@ _TYPES = {
 MESSAGES_PATH = "/v1/messages"
 """Under it answers, failures included, are Anthropic's."""
 
+THREAD_UNSUPPORTED = "thread_unsupported_request"
+"""Tells Anthropic's clients to send the whole conversation each time."""
+
 _MESSAGES_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -106,16 +109,18 @@ def error_object(error: BaseException) -> dict[str, Any]:
 def messages_error_object(error: BaseException, request_id: str | None) -> dict[str, Any]:
     """Anthropic's error object: the body of a failed request, or the data of a stream's `error` event.
 
-    A prompt that is too long says so in the words by which Anthropic's clients know that they must cut it.
+    A prompt that is too long says so in Anthropic's words: clients look for them.
     """
     known = api_error(error)
     usual = "invalid_request_error" if known.status < 500 else "api_error"
     prefix = "prompt is too long: " if isinstance(error, PromptTooLong) else ""
-    return {
-        "type": "error",
-        "error": {"type": _MESSAGES_TYPES.get(known.status, usual), "message": f"{prefix}{known}"},
-        "request_id": request_id,
+    body: dict[str, Any] = {
+        "type": _MESSAGES_TYPES.get(known.status, usual),
+        "message": f"{prefix}{known}",
     }
+    if known.code == THREAD_UNSUPPORTED:
+        body["details"] = {"error_code": known.code}
+    return {"type": "error", "error": body, "request_id": request_id}
 
 
 def error_response(error: BaseException) -> Response:

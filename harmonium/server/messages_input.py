@@ -19,9 +19,9 @@ from harmonium.server.errors import wrong_value
 from harmonium.server.messages_history import read_history
 from harmonium.server.messages_schema import MessagesRequest, PromptFields, check_request
 from harmonium.server.messages_tools import ToolRules, read_tool_rules
-from harmonium.server.response_format import check_schema_size
 from harmonium.server.responses_seal import Seal
 from harmonium.server.state import ServerState
+from harmonium.server.tool_input import check_schema_size
 
 LOW_BUDGET, HIGH_BUDGET = 4096, 16384
 """A budget below the first is low effort, one from the second on high, others medium: about what the models
@@ -52,9 +52,9 @@ class PreparedMessage:
 
 
 def prepare_message(
-    state: ServerState, body: MessagesRequest, seal: Seal, request_id: str
+    state: ServerState, body: MessagesRequest, seal: Seal, request_id: str, cache_salt: str = ""
 ) -> PreparedMessage:
-    """Read a request. Raises ApiError, RequestError, HarmonyError."""
+    """Read a request. cache_salt: of its owner. Raises ApiError, RequestError, HarmonyError."""
     plan = read_thinking(body, state.config.effort)
     conversation, rules = _read_prompt(state, body, seal, plan)
     if body.messages[-1].get("role") == "assistant":
@@ -67,6 +67,7 @@ def prepare_message(
     request = ChatRequest(
         conversation,
         _sampling(body),
+        cache_salt=cache_salt,
         request_id=request_id,
         stop=tuple(body.stop_sequences or ()),
         grammar=rules,

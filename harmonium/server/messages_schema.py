@@ -12,7 +12,7 @@ from typing import Any
 from harmonium.errors import ApiError
 from harmonium.server.body import RequestModel
 from harmonium.server.config import Limits
-from harmonium.server.errors import wrong_value
+from harmonium.server.errors import THREAD_UNSUPPORTED, wrong_value
 from harmonium.server.sampling_fields import check_most
 
 
@@ -49,6 +49,7 @@ class PromptFields(RequestModel):
     container: str | dict[str, Any] | None = None
     mcp_servers: list[Any] | None = None
     context_management: dict[str, Any] | None = None
+    thread: dict[str, Any] | None = None
     speed: str | None = None
 
 
@@ -78,6 +79,12 @@ def check_request(body: PromptFields, limits: Limits) -> None:
     for name, reason in _REFUSED.items():
         if getattr(body, name):
             raise ApiError(f"{name} is not supported: {reason}", param=name, code="unsupported_parameter")
+    if body.thread:
+        raise ApiError(
+            "thread is not supported: no conversation is kept here; send all of its messages",
+            param="thread",
+            code=THREAD_UNSUPPORTED,
+        )
     check_most("messages", len(body.messages), limits.messages, least=1, unit="messages")
     check_most("tools", len(body.tools or ()), limits.tools)
     if isinstance(body, MessagesRequest):

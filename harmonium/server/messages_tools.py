@@ -14,14 +14,15 @@ from harmonium.server.config import Limits
 from harmonium.server.errors import wrong_value
 from harmonium.server.messages_schema import PromptFields
 from harmonium.server.tool_input import read_tools
-
-MAX_PARALLEL_CALLS = 16
-"""Calls of a turn with `disable_parallel_tool_use: false`; it makes one otherwise, as the models do."""
+from harmonium.server.turn_rules import MAX_PARALLEL_CALLS
 
 
 @dataclass(frozen=True, slots=True)
 class ToolRules:
-    """Tools, and which of them the model may or must call. Fields are those of TurnRules."""
+    """Tools, and which of them the model may or must call. Fields are those of TurnRules.
+
+    max_calls: MAX_PARALLEL_CALLS with `disable_parallel_tool_use: false`, else one, as the models do.
+    """
 
     tools: tuple[Tool, ...] = ()
     choice: ToolChoice = "auto"
@@ -31,7 +32,7 @@ class ToolRules:
 
 
 def read_tool_rules(body: PromptFields, limits: Limits) -> ToolRules:
-    """Raises ApiError for a tool that cannot be offered here or a choice that cannot be kept; HarmonyError."""
+    """Raises ApiError for a tool that cannot be offered or a choice that cannot be kept; HarmonyError."""
     given = body.tools or []
     tools = read_tools([_as_function(f"tools[{index}]", tool) for index, tool in enumerate(given)], limits)
     choice, allowed = _choice(body.tool_choice or {"type": "auto"}, tools)

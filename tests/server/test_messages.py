@@ -111,7 +111,11 @@ def test_thinking_is_shown_where_it_was_asked_for_or_tools_are_offered() -> None
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "low", 1024),
         ({"thinking": {"type": "enabled", "budget_tokens": 10_000}}, "medium", 10_000),
         ({"thinking": {"type": "enabled", "budget_tokens": 31_999}}, "high", 31_999),
-        ({"thinking": {"type": "enabled", "budget_tokens": 5}, "output_config": {"effort": "high"}}, "high", 5),
+        (
+            {"thinking": {"type": "enabled", "budget_tokens": 5}, "output_config": {"effort": "high"}},
+            "high",
+            5,
+        ),
         ({"output_config": {"effort": "low"}}, "low", None),
     ],
 )
@@ -353,6 +357,12 @@ CALLED = {"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name
 )
 def test_what_cannot_be_done_is_refused_by_name(fields: dict[str, Any], named: str) -> None:
     assert named in refused(**fields)
+
+
+def test_threads_are_refused_in_the_words_that_make_clients_do_without() -> None:
+    response = send(make_state(ANSWER), thread={"type": "create"})
+    assert response.status_code == 400
+    assert response.json()["error"]["details"] == {"error_code": "thread_unsupported_request"}
 
 
 def test_missing_fields_are_named() -> None:

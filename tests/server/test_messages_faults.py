@@ -1,4 +1,4 @@
-"""FAULTS.md through Anthropic's Messages API: whatever the model writes, streamed or not, the answer is sound."""
+"""FAULTS.md through Anthropic's Messages API: whatever the model writes, the answer is sound."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def test_b21_prompt_speaks_of_calls_only_where_functions_exist(tools: Any) -> No
 
 
 def test_b22_long_arguments_survive() -> None:
-    source = "".join(f'    print("line {number}", \\\'x\\\')\n' for number in range(300))
+    source = "".join(f"    print(\"line {number}\", \\'x\\')\n" for number in range(300))
     import json
 
     arguments = json.dumps({"path": "a.py", "content": source})
