@@ -16,6 +16,7 @@ from harmonium.errors import ConfigError
 from harmonium.server import Limits, ServerConfig, ServerState, create_app
 from harmonium.server.middleware import OPEN_PATHS
 from tests.scripted_chat import REASONED
+from tests.server import messages_client
 from tests.server.client import (
     BASE_URL,
     HELLO,
@@ -46,6 +47,8 @@ def test_every_route_but_health_asks_for_the_key() -> None:
         response = call(state, method, path, json={})
         if path in OPEN_PATHS:
             assert response.status_code == 200
+        elif path.startswith("/v1/messages"):
+            assert messages_client.error_of(response, 401)["type"] == "authentication_error", path
         else:
             assert error_of(response, 401)["code"] == "invalid_api_key", path
     assert sorted(OPEN_PATHS) == ["/health", "/ready"]
