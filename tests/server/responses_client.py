@@ -77,10 +77,11 @@ def stream(state: ServerState, input: Any = "Hello", **fields: Any) -> list[Json
     return events
 
 
-def events_of(answer: httpx.Response) -> list[Json]:
+def events_of(answer: httpx.Response | str) -> list[Json]:
     """The events of a stream; the name of each is the type in its data."""
     events = []
-    for block in answer.text.split("\n\n"):
+    text = answer if isinstance(answer, str) else answer.text
+    for block in text.split("\n\n"):
         if block and not block.startswith(":"):
             name, data = block.split("\n")
             events.append(json.loads(data.removeprefix("data: ")))
