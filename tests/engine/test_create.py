@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Iterator, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from harmonium.errors import CheckpointError, ConfigError, MemoryPlanError
 from harmonium.kernels.runtime import current_isa, current_threads
 from harmonium.model.batch import SamplingParams
 from harmonium.testing import make_tiny_checkpoint
-from tests.engine.serving import answer, check_empty
+from tests.engine.serving import answer, check_empty, wait_until
 
 VOCABULARY_SIZE = 499
 
@@ -167,3 +169,37 @@ def test_path_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
         create_engine(tmp_path / "nowhere")
     with pytest.raises((ConfigError, CheckpointError)):
         create_engine(tmp_path)
+
+
+def test_storm_of_cancels_on_the_real_runner_gives_every_block_back(tmp_path: Path) -> None:
+    """500 requests; readers leave after any event, tasks are cancelled at any point, some before they start."""
+    folder = make_tiny_checkpoint(tmp_path / "model", vocabulary_size=500)
+    config = EngineConfig(context_length=512, max_sequences=8, max_batch_tokens=64, max_queue=1000, threads=2)
+    engine = create_engine(folder, config)
+    rng = random.Random(1)
+
+    async def read(number: int) -> None:
+        prompt = tuple(rng.randrange(500) for _ in range(rng.choice([1, 5, 33, 200, 511])))
+        sampling = SamplingParams(seed=number, max_tokens=rng.choice([1, 20, 300]), ignore_stop=True)
+        async with aclosing(engine.generate(Request(f"r{number}", prompt, sampling))) as events:
+            async for _ in events:
+                if rng.random() < 0.1:
+                    return
+
+    async def storm() -> None:
+        tasks = []
+        for number in range(500):
+            tasks.append(asyncio.create_task(read(number)))
+            if rng.random() < 0.2:
+                await asyncio.sleep(rng.random() * 0.01)
+            if rng.random() < 0.5:
+                rng.choice(tasks).cancel()
+        for task in rng.sample(tasks, 200):
+            task.cancel()
+        ends = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(end is None or isinstance(end, asyncio.CancelledError) for end in ends)
+        await asyncio.to_thread(wait_until, lambda: engine.statistics.running == 0)
+        check_empty(engine)
+        await engine.close()
+
+    asyncio.run(storm())
