@@ -34,8 +34,8 @@ async def create_message(request: Request) -> Response:
     body = await read_model(request, MessagesRequest)
     model = state.check_model(body.model)
     message_id = f"msg_{uuid.uuid4().hex}"
-    salt = state.cache_salt(request.headers, None)
-    prepared = await asyncio.to_thread(prepare_message, state, body, seal, message_id, salt)
+    owner = state.owner_of(request.headers)
+    prepared = await asyncio.to_thread(prepare_message, state, body, seal, message_id, owner)
     facts = AnswerFacts(
         message_id=message_id,
         model=model,

@@ -109,7 +109,7 @@ def read_thinking(body: PromptFields, default: ReasoningEffort) -> ThinkingPlan:
     offered, for then it must come back in the next request, and such clients look blocks up by their type.
     """
     asked = None if body.output_config is None else body.output_config.effort
-    effort = effort_of("xhigh" if asked == "max" else asked, "output_config.effort", default)
+    effort = effort_of(asked, "output_config.effort", default)
     given = body.thinking
     if given is None:
         return ThinkingPlan(effort, is_shown=bool(body.tools))
