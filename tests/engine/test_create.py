@@ -172,7 +172,7 @@ def test_path_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
 
 
 def test_storm_of_cancels_on_the_real_runner_gives_every_block_back(tmp_path: Path) -> None:
-    """500 requests; readers leave after any event, tasks are cancelled at any point, some before they start."""
+    """500 requests: readers leave after any event, tasks are cancelled at any point, the first included."""
     folder = make_tiny_checkpoint(tmp_path / "model", vocabulary_size=500)
     config = EngineConfig(context_length=512, max_sequences=8, max_batch_tokens=64, max_queue=1000)
     engine = create_engine(folder, config)
