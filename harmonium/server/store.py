@@ -264,11 +264,12 @@ class ResponseStore:
     def _remove(self, response_id: str) -> None:
         """Take a response out, with the turns that nothing needs any more."""
         row = self._db.execute(
-            "DELETE FROM responses WHERE response_id = ? RETURNING turn_id, size", (response_id,)
+            "SELECT turn_id, size FROM responses WHERE response_id = ?", (response_id,)
         ).fetchone()
         if row is None:
             return
         turn_id, size = row
+        self._db.execute("DELETE FROM responses WHERE response_id = ?", (response_id,))
         self._size -= size
         self._count -= 1
         while turn_id is not None and not self._is_needed(turn_id):
