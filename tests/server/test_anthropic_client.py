@@ -101,6 +101,11 @@ def test_failures_raise_the_client_s_own_errors(client: anthropic.Anthropic) -> 
     assert failure.value.request_id == body["request_id"]
 
 
+def test_models_are_listed(client: anthropic.Anthropic) -> None:
+    assert [model.id for model in client.models.list()] == [MODEL]
+    assert client.models.retrieve(MODEL).id == MODEL
+
+
 def test_bearer_token_is_accepted_too(state: ServerState) -> None:
     with served(state) as url, anthropic.Anthropic(base_url=url, auth_token=KEY, api_key=None) as client:
         message = client.messages.create(model=MODEL, max_tokens=50, messages=HELLO)  # type: ignore[arg-type]
