@@ -44,7 +44,7 @@ def test_mark_of_byte_order_is_no_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("no", "No such file"), (".", "Is a directory"), ("a" * 300, "too long"), ("a\0b", "null byte")],
+    [("no", "No such file"), (".", "Is a directory"), ("a" * 300, "too long"), ("a\0b", "embedded null")],
 )
 def test_what_cannot_be_read_is_named(name: str, expected: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=expected):
@@ -53,7 +53,7 @@ def test_what_cannot_be_read_is_named(name: str, expected: str, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("no/x", "No such file"), (".", "no regular file"), ("a" * 300, "too long"), ("a\0b", "null byte")],
+    [("no/x", "No such file"), (".", "no regular file"), ("a" * 300, "too long"), ("a\0b", "embedded null")],
 )
 def test_what_cannot_be_written_is_named(name: str, expected: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=expected):
