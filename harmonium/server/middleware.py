@@ -19,12 +19,13 @@ from harmonium.server.body import too_large
 from harmonium.server.config import is_loopback
 from harmonium.server.errors import error_response, log_defect
 from harmonium.server.keys import KeyRing, key_of
+from harmonium.server.page import page_files
 from harmonium.server.state import ServerState
 
 _access_log = logging.getLogger("harmonium.access")
 
-OPEN_PATHS = frozenset({"/health", "/ready"})
-"""Routes that need no key: whoever watches a server has none."""
+OPEN_PATHS = frozenset({"/health", "/ready", *page_files()})
+"""Routes that need no key: whoever watches a server has none, and the page asks for one itself."""
 
 REQUEST_ID_HEADER = "x-request-id"
 
