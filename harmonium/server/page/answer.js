@@ -119,7 +119,7 @@ export class AnswerView {
     const speed = tokensPerSecond(this.answer);
     const parts = [`${count(usage.completion)} token${usage.completion === 1 ? "" : "s"}`];
     if (speed !== null) parts.push(`${speed < 100 ? speed.toFixed(1) : count(Math.round(speed))} tokens/s`);
-    if (firstSeconds) parts.push(`first after ${firstSeconds.toFixed(firstSeconds < 10 ? 1 : 0)} s`);
+    if (firstSeconds >= 0.05) parts.push(`first after ${firstSeconds.toFixed(firstSeconds < 10 ? 1 : 0)} s`);
     return parts.join(" \u00b7 ");
   }
 
