@@ -20,6 +20,9 @@ from harmonium.errors import ConfigError
 Weights = Literal["int8", "bf16"]
 """How the dense weights are held. int8: a scale per 32, activations int8 too. bf16: as in the checkpoint."""
 
+Speculation = Literal["ngram", "off"]
+"""How tokens are guessed ahead. ngram: what followed the same tokens earlier in the text."""
+
 ISA_NAMES = ("scalar", "avx2", "avx512")
 """Instruction sets with kernels, slowest first."""
 
@@ -42,6 +45,9 @@ class EngineConfig:
     threads: worker threads; None: the cores that this process may use.
     isa: instruction set for kernels; None: the best that the machine has.
     memory_limit_bytes: None: what the machine (and its cgroup) has available.
+    prefix_cache: whether sequences share the blocks of a common beginning.
+    speculation: "ngram" guesses tokens from text that came before and checks them in one step; "off" does
+        not. The answers are the same.
     """
 
     weights: Weights = "int8"
@@ -53,12 +59,15 @@ class EngineConfig:
     isa: str | None = None
     memory_limit_bytes: int | None = None
     prefix_cache: bool = True
+    speculation: Speculation = "ngram"
 
     def __post_init__(self) -> None:
         if self.weights not in ("int8", "bf16"):
             raise ConfigError(f"weights is {self.weights!r}; expected 'int8' or 'bf16'")
         if self.isa is not None and self.isa not in ISA_NAMES:
             raise ConfigError(f"isa is {self.isa!r}; expected one of {', '.join(ISA_NAMES)}")
+        if self.speculation not in ("ngram", "off"):
+            raise ConfigError(f"speculation is {self.speculation!r}; expected 'ngram' or 'off'")
         if not isinstance(self.prefix_cache, bool):
             raise ConfigError(f"prefix_cache is {self.prefix_cache!r}; expected True or False")
         _check_range("max_sequences", self.max_sequences, 1, 4096)

@@ -121,6 +121,12 @@ def _add_running(parent: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         "--max-batch-tokens", type=int, default=512, metavar="N", help="tokens in a step (default 512)"
     )
     group.add_argument(
+        "--speculation",
+        choices=("ngram", "off"),
+        default="ngram",
+        help="guess tokens from text that came before and check several in a step (same answers)",
+    )
+    group.add_argument(
         "--memory-limit", type=memory_bytes, metavar="SIZE", help="such as 14GiB; default: what is free"
     )
     return group
@@ -251,4 +257,5 @@ def engine_config(arguments: argparse.Namespace) -> EngineConfig:
         threads=arguments.threads,
         isa=arguments.isa,
         memory_limit_bytes=arguments.memory_limit,
+        speculation=arguments.speculation,
     )

@@ -156,6 +156,10 @@ class PagedCache:
         lease.num_blocks += max(0, num_new)
         return min(end, lease.num_blocks * self.block_tokens) - lease.num_computed
 
+    def room(self, lease: Lease) -> int:
+        """Tokens that the lease's blocks have room for beyond those computed."""
+        return lease.num_blocks * self.block_tokens - lease.num_computed
+
     def commit(self, lease: Lease, token_ids: TokenIds, num_tokens: int) -> None:
         """num_tokens more are computed: index the complete blocks, give back what left the window."""
         lease.num_computed += num_tokens

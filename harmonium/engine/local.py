@@ -14,6 +14,7 @@ from harmonium.checkpoint.model_config import ModelConfig
 from harmonium.config import CACHE_BLOCK_TOKENS, EngineConfig
 from harmonium.engine.admission import check_request, check_token_ids
 from harmonium.engine.blocks import PagedCache
+from harmonium.engine.drafts import PromptLookup, decode_cost
 from harmonium.engine.protocol import EngineInfo, Request, Token, TokenEvent
 from harmonium.engine.scheduler import Scheduler
 from harmonium.engine.scores import PromptScores
@@ -47,14 +48,18 @@ class LocalEngine:
         """Take over a runner whose cache is allocated with these numbers of blocks; `close` closes it.
 
         context_length: prompt plus answer, in tokens. config: max_sequences, max_batch_tokens (cut to the
-        runner's), max_queue and prefix_cache are read; None: the defaults.
+        runner's), max_queue, prefix_cache and speculation are read; None: the defaults.
 
         Raises ConfigError when the cache could not hold one sequence of context_length tokens.
         """
         config = config or EngineConfig()
         cache = _make_cache(runner.config, context_length, num_full_blocks, num_window_blocks, config)
         scheduler = Scheduler(
-            cache, config.max_sequences, min(config.max_batch_tokens, runner.max_batch_tokens)
+            cache,
+            config.max_sequences,
+            min(config.max_batch_tokens, runner.max_batch_tokens),
+            PromptLookup() if config.speculation == "ngram" else None,
+            decode_cost(runner.config),
         )
         self._info = EngineInfo(model_name, context_length, runner.config.vocabulary_size, engine="local")
         self._worker = Worker(scheduler, runner, config.max_sequences + config.max_queue)

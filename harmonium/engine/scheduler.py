@@ -9,11 +9,13 @@ tokens kept; it never takes a block from one that arrived before it, so the olde
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from harmonium.engine.blocks import PagedCache
+from harmonium.engine.drafts import MAX_DRAFT_TOKENS, Drafter
 from harmonium.engine.protocol import FinishReason
 from harmonium.engine.sequence import Advance, Sequence
 from harmonium.model.batch import Batch, RowSampling, StepResult
@@ -21,15 +23,21 @@ from harmonium.model.batch import Batch, RowSampling, StepResult
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """The next num_tokens tokens of a sequence, as one step computes them."""
+    """The next num_tokens tokens of a sequence, as one step computes them, and behind them a draft's."""
 
     sequence: Sequence
     num_tokens: int
+    draft: tuple[int, ...] = ()
 
     @property
     def is_last(self) -> bool:
         """Whether nothing is left to compute after it, so that its last row gives the next token."""
         return self.num_tokens == self.sequence.num_pending
+
+    @property
+    def size(self) -> int:
+        """Rows of the step that it takes."""
+        return self.num_tokens + len(self.draft)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +55,26 @@ class Progress:
 class Scheduler:
     """Sequences that wait and run. It changes the books of its cache; it never computes."""
 
-    def __init__(self, cache: PagedCache, max_sequences: int, max_batch_tokens: int) -> None:
+    def __init__(
+        self,
+        cache: PagedCache,
+        max_sequences: int,
+        max_batch_tokens: int,
+        drafter: Drafter | None = None,
+        cost: Callable[[int], float] = float,
+    ) -> None:
+        """drafter: who guesses tokens, None: nobody. cost: of a step, by its number of tokens."""
         self.cache = cache
+        self._drafter = drafter
+        self._cost = cost
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self.num_prefix_hits = 0
         self.num_cached_tokens = 0
+        self.num_drafts = 0
+        self.num_draft_tokens = 0
+        self.num_accepted_draft_tokens = 0
         # Each running sequence that decodes needs a token of every step.
         self._max_running = min(max_sequences, max_batch_tokens)
         self._max_batch_tokens = max_batch_tokens
@@ -95,7 +116,40 @@ class Scheduler:
                 chunks.append(chunk)
                 num_left -= chunk.num_tokens
         assert chunks or not self.has_work, "there is work but no step"
-        return chunks
+        return self._with_drafts(chunks, num_left) if self._drafter is not None else chunks
+
+    def _with_drafts(self, chunks: list[Chunk], num_left: int) -> list[Chunk]:
+        """The chunks; those that decode with guesses where they pay and rows and blocks are left."""
+        drafted: list[Chunk] = []
+        num_tokens = sum(chunk.num_tokens for chunk in chunks)
+        for chunk in chunks:
+            draft = self._draft(chunk, num_tokens, num_left) if chunk.sequence.num_pending == 1 else ()
+            num_tokens += len(draft)
+            num_left -= len(draft)
+            drafted.append(replace(chunk, draft=draft) if draft else chunk)
+        return drafted
+
+    def _draft(self, chunk: Chunk, num_tokens: int, num_left: int) -> tuple[int, ...]:
+        sequence, lease = chunk.sequence, chunk.sequence.lease
+        assert lease is not None and self._drafter is not None
+        if sequence.returned_logits is not None:
+            return ()
+        allowed = min(
+            sequence.drafts.allowance(num_tokens, self._cost),
+            sequence.max_total - sequence.num_tokens - 1,  # the last one is drawn, never guessed
+            num_left,
+            MAX_DRAFT_TOKENS,
+        )
+        if allowed < 1:
+            return ()
+        proposed = self._drafter.propose(sequence.token_ids, allowed)
+        if not len(proposed):
+            return ()
+        wanted = 1 + len(proposed)
+        # A guess takes blocks that nobody is about to need, and never what another sequence computed.
+        has_spare = min(self.cache.full.num_free, self.cache.windowed.num_free) > len(self.running)
+        room = self.cache.extend(lease, wanted) if has_spare else self.cache.room(lease)
+        return tuple(proposed[: max(0, min(wanted, room) - 1)].tolist())
 
     def _extend(self, sequence: Sequence, wanted: int, chunks: list[Chunk]) -> int:
         """Take blocks for the next tokens, preempting later arrivals while there is room for none of them."""
@@ -152,36 +206,50 @@ class Scheduler:
         """Take a step's result: append tokens, give back what left the window, remove what ended."""
         progress: list[Progress] = []
         row = 0
+        num_undrafted = sum(chunk.num_tokens for chunk in chunks)
         for chunk in chunks:
             sequence, is_last, first_row = chunk.sequence, chunk.is_last, row
             row += _num_rows(chunk)
             assert sequence.lease is not None
-            self.cache.commit(sequence.lease, sequence.token_ids, chunk.num_tokens)
+            num_computed = chunk.num_tokens
+            if is_last and sequence.returned_logits is None:
+                advance = sequence.take_drafted(result.tokens[first_row:row], chunk.draft)
+                progress.append(Progress(sequence, advance))
+                num_computed += self._settle(chunk, advance, num_undrafted)
+            self.cache.commit(sequence.lease, sequence.token_ids, num_computed)
             if sequence.returned_logits is not None:
                 assert result.logits_RV is not None
                 sequence.returned_logits.append(result.logits_RV[first_row:row].copy())
                 if is_last:
                     progress.append(Progress(sequence, Advance((), "length")))
-            elif is_last:
-                token = result.tokens[first_row]
-                assert token is not None
-                progress.append(Progress(sequence, sequence.take(token)))
         for done in progress:
             if done.finish_reason is not None:
                 self.remove(done.sequence)
         return progress
+
+    def _settle(self, chunk: Chunk, advance: Advance, num_undrafted: int) -> int:
+        """Book a chunk's guess; how many of its tokens came true, so that their keys and values stay."""
+        # The token after the true ones was drawn, not guessed; those that a constraint forced came behind it.
+        num_true = min(len(chunk.draft), len(advance.tokens) - advance.num_forced - 1)
+        if self._drafter is not None and chunk.num_tokens == 1:
+            chunk.sequence.drafts.settle(len(chunk.draft), num_true, num_undrafted, self._cost)
+        if chunk.draft:
+            self.num_drafts += 1
+            self.num_draft_tokens += len(chunk.draft)
+            self.num_accepted_draft_tokens += num_true
+        return num_true
 
 
 def _num_rows(chunk: Chunk) -> int:
     """Rows of logits that a chunk needs."""
     if chunk.sequence.returned_logits is not None:
         return chunk.num_tokens
-    return int(chunk.is_last)
+    return 1 + len(chunk.draft) if chunk.is_last else 0
 
 
 def build_batch(chunks: list[Chunk], cache: PagedCache) -> Batch:
     """The arrays of a step. Costs the same at every context length but for the copy of the table rows."""
-    num_tokens = np.array([chunk.num_tokens for chunk in chunks], np.int32)
+    num_tokens = np.array([chunk.size for chunk in chunks], np.int32)
     start = np.array([chunk.sequence.num_computed for chunk in chunks], np.int32)
     query_start = np.zeros(len(chunks) + 1, np.int32)
     np.cumsum(num_tokens, out=query_start[1:])
@@ -194,14 +262,15 @@ def build_batch(chunks: list[Chunk], cache: PagedCache) -> Batch:
         assert sequence.lease is not None
         rows.append(sequence.lease.row)
         first, end = int(query_start[i]), int(query_start[i + 1])
-        computed = sequence.lease.num_computed
-        token_id[first:end] = sequence.token_ids[computed : computed + chunk.num_tokens]
+        computed, undrafted = sequence.lease.num_computed, first + chunk.num_tokens
+        token_id[first:undrafted] = sequence.token_ids[computed : computed + chunk.num_tokens]
+        token_id[undrafted:end] = chunk.draft
         if sequence.returned_logits is not None:
             logit_row.extend(range(first, end))
             sampling.extend([None] * chunk.num_tokens)
         elif chunk.is_last:
-            logit_row.append(end - 1)
-            sampling.append(sequence.row_sampling())
+            logit_row.extend(range(undrafted - 1, end))
+            sampling.extend(sequence.row_sampling(chunk.draft[:i]) for i in range(len(chunk.draft) + 1))
     width = -(-int((start + num_tokens).max()) // cache.block_tokens)
     return Batch(
         token_id_T=token_id,

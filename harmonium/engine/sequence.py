@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import struct
+from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Protocol
@@ -13,6 +14,7 @@ import numpy.typing as npt
 
 from harmonium.engine.blocks import Lease
 from harmonium.engine.constraint import ConstraintState
+from harmonium.engine.drafts import DraftBudget
 from harmonium.engine.protocol import FinishReason, Request
 from harmonium.model.batch import RowSampling, SampledToken, SamplingParams
 
@@ -56,6 +58,13 @@ class AnswerCounts:
         self._token_ids[place] = token_id
         self._counts[place] += 1
 
+    def copy(self) -> AnswerCounts:
+        """Counts that go on by themselves."""
+        twin = AnswerCounts()
+        twin._place_of = dict(self._place_of)
+        twin._token_ids, twin._counts = self._token_ids.copy(), self._counts.copy()
+        return twin
+
     @property
     def token_ids(self) -> npt.NDArray[np.int32]:
         """Each token id once, in order of first appearance."""
@@ -69,10 +78,13 @@ class AnswerCounts:
 
 @dataclass(frozen=True, slots=True)
 class Advance:
-    """The tokens that a sequence got, and why it ended with them, or None."""
+    """The tokens that a sequence got, how many of them its constraint forced, and why it ended with them, or
+    None.
+    """
 
     tokens: tuple[SampledToken, ...] = ()
     finish_reason: FinishReason | None = None
+    num_forced: int = 0
 
 
 class Sequence:
@@ -83,11 +95,12 @@ class Sequence:
     blocked_at: the pool's release count when it last found no room (see Scheduler). chunk_limit: most tokens
     that one step computes of it. returned_logits: None, or what takes float32 [t, V] pieces, all its
     positions' logits; nothing is sampled then. error: what its constraint raised, which ended it.
+    drafts: how many of its next tokens may be guessed.
     """
 
     __slots__ = (
-        "_constraint", "_counts", "_mask", "_prompt_token_ids", "_token_ids", "blocked_at", "chunk_limit",
-        "error", "lease", "max_total", "num_cached_tokens", "num_prompt", "num_tokens", "request",
+        "_constraint", "_counts", "_masks", "_prompt_token_ids", "_token_ids", "blocked_at", "chunk_limit",
+        "drafts", "error", "lease", "max_total", "num_cached_tokens", "num_prompt", "num_tokens", "request",
         "returned_logits", "seed",
     )  # fmt: skip
 
@@ -116,7 +129,8 @@ class Sequence:
         self._prompt_token_ids = np.unique(self.token_ids) if params.repetition_penalty != 1.0 else None
         self._counts = AnswerCounts() if _has_penalty(params) else None
         self._constraint: ConstraintState | None = None
-        self._mask: npt.NDArray[np.uint32] | None = None
+        self._masks: list[npt.NDArray[np.uint32]] = []
+        self.drafts = DraftBudget()
         self.error: Exception | None = None
 
     @property
@@ -144,30 +158,61 @@ class Sequence:
             reason = self._append_forced(self._constraint, tokens)
         except Exception as error:
             self.error, reason = error, "error"
-        return Advance(tuple(tokens), reason)
+        return Advance(tuple(tokens), reason, len(tokens))
 
     def take(self, token: SampledToken) -> Advance:
         """Take the token that was sampled, and those that its constraint forces behind it."""
         tokens = [token]
         reason = self.append(token.token_id)
-        state, self._mask = self._constraint, None
+        state = self._constraint
+        self._masks.clear()
         if state is not None and reason is None:
             try:
                 state.advance(token.token_id)
                 reason = self._append_forced(state, tokens)
             except Exception as error:
                 self.error, reason = error, "error"
-        return Advance(tuple(tokens), reason)
+        return Advance(tuple(tokens), reason, len(tokens) - 1)
 
-    def prepare_mask(self) -> bool:
-        """Work out which tokens may come next; False when the constraint raised, which ends the sequence."""
-        if self._constraint is not None:
-            try:
-                self._mask = self._constraint.mask()
-            except Exception as error:
-                self.error = error
-                return False
-        return True
+    def take_drafted(self, tokens: Sequence_[SampledToken | None], draft: tuple[int, ...]) -> Advance:
+        """Take what was drawn at the next position and behind each token of a draft, while the draft is true.
+
+        tokens: one more than the draft. Behind a token that the draft did not have, or that forced others,
+        nothing is taken: what was drawn there followed another text.
+        """
+        taken: list[SampledToken] = []
+        num_forced = 0
+        for token, guess in zip(tokens, (*draft, None), strict=True):
+            assert token is not None
+            advance = self.take(token)
+            taken.extend(advance.tokens)
+            num_forced += advance.num_forced
+            if advance.finish_reason is not None or advance.num_forced or token.token_id != guess:
+                break
+        return Advance(tuple(taken), advance.finish_reason, num_forced)
+
+    def prepare_masks(self, draft: tuple[int, ...]) -> tuple[int, ...] | None:
+        """Work out which tokens may come next, and behind each token of a draft.
+
+        Returns the draft up to the first token that may not come or that forces others; None when the
+        constraint raised, which ends the sequence.
+        """
+        if self._constraint is None:
+            return draft
+        try:
+            self._masks = [self._constraint.mask()]
+            state = self._constraint.copy() if draft else self._constraint
+            for i, token_id in enumerate(draft):
+                if not self._masks[-1][token_id // 32] >> np.uint32(token_id % 32) & np.uint32(1):
+                    return draft[:i]
+                state.advance(token_id)
+                if state.is_complete or state.forced_tokens():
+                    return draft[:i]
+                self._masks.append(state.mask())
+        except Exception as error:
+            self.error = error
+            return None
+        return draft
 
     def _append_forced(self, state: ConstraintState, tokens: list[SampledToken]) -> FinishReason | None:
         """Append what must come, and list it in `tokens`; why the sequence ends with it, or None."""
@@ -198,16 +243,20 @@ class Sequence:
             return "stop"
         return "length" if self.num_tokens >= self.max_total else None
 
-    def row_sampling(self) -> RowSampling:
-        """What the sampler needs to choose this sequence's next token."""
+    def row_sampling(self, draft: tuple[int, ...] = ()) -> RowSampling:
+        """What the sampler needs to choose the token after the sequence's own and those of a draft."""
         counts = self._counts
+        if counts is not None and draft:
+            counts = counts.copy()
+            for token_id in draft:
+                counts.add(token_id)
         return RowSampling(
             params=self.request.sampling,
-            uniform=draw_uniform(self.seed, self.num_tokens),
+            uniform=draw_uniform(self.seed, self.num_tokens + len(draft)),
             prompt_token_ids=self._prompt_token_ids,
             answer_token_ids=counts.token_ids if counts is not None else None,
             answer_counts=counts.counts if counts is not None else None,
-            allowed_mask=self._mask,
+            allowed_mask=self._masks[len(draft)] if self._masks else None,
         )
 
 

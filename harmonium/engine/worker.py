@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from typing import Literal
 
 from harmonium.engine.protocol import FinishReason, Token, TokenEvent
@@ -173,12 +174,17 @@ class Worker:
         if not constrained:
             return chunks
         start = time.perf_counter()
-        failed = [chunk for chunk in constrained if not chunk.sequence.prepare_mask()]
+        kept = {id(chunk): chunk.sequence.prepare_masks(chunk.draft) for chunk in constrained}
         self._constraint_seconds += time.perf_counter() - start
-        for chunk in failed:
-            self._scheduler.remove(chunk.sequence)
-            self._send([(chunk.sequence, _event(Progress(chunk.sequence, Advance((), "error"))))])
-        return [chunk for chunk in chunks if chunk not in failed]
+        masked: list[Chunk] = []
+        for chunk in chunks:
+            draft = kept.get(id(chunk), chunk.draft)
+            if draft is not None:
+                masked.append(replace(chunk, draft=draft))
+            else:
+                self._scheduler.remove(chunk.sequence)
+                self._send([(chunk.sequence, _event(Progress(chunk.sequence, Advance((), "error"))))])
+        return masked
 
     def _compute(self, chunks: list[Chunk]) -> StepResult:
         batch = build_batch(chunks, self._scheduler.cache)
@@ -213,9 +219,9 @@ class Worker:
             for chunk in chunks
         )
         progress = self._scheduler.commit(chunks, result)
-        for tokens in (item.advance.tokens for item in progress if item.advance.tokens):
-            self._num_answer_tokens += 1
-            self._num_forced_tokens += len(tokens) - 1
+        for item in progress:
+            self._num_answer_tokens += len(item.advance.tokens) - item.advance.num_forced
+            self._num_forced_tokens += item.advance.num_forced
         self._send([(item.sequence, _event(item)) for item in progress])
 
     def _send(self, events: list[tuple[Sequence, TokenEvent]]) -> None:
@@ -281,6 +287,9 @@ class Worker:
             num_cached_tokens=scheduler.num_cached_tokens,
             num_prefix_hits=scheduler.num_prefix_hits,
             num_preemptions=scheduler.num_preemptions,
+            num_drafts=scheduler.num_drafts,
+            num_draft_tokens=scheduler.num_draft_tokens,
+            num_accepted_draft_tokens=scheduler.num_accepted_draft_tokens,
             finished=dict(+self._finished),
         )
 

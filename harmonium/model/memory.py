@@ -21,8 +21,8 @@ SHORTEST_AUTO_CONTEXT_TOKENS = 512
 SHARED_CONTEXTS = 4
 """Whole contexts that the cache holds when memory allows: for several sequences and kept prefixes."""
 
-MAX_LOGIT_ROWS = 16
-"""Rows of logits that scratch holds at once; more are computed in turns."""
+MAX_LOGIT_ROWS = 32
+"""Rows of logits that scratch holds at once; more are computed in turns. A guess of 31 tokens takes 32."""
 
 EMBEDDING_ROWS_KEPT = 1024
 """Embedding rows gathered before the map's pages are given back."""

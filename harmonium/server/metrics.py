@@ -117,9 +117,20 @@ class _EngineCollector:
         yield CounterMetricFamily(
             "harmonium:forced_tokens", "Tokens that the grammar put.", statistics.num_forced_tokens
         )
+        yield from _draft_metrics(statistics)
         yield CounterMetricFamily("harmonium:engine_steps", "Steps of the engine.", statistics.num_steps)
         yield GaugeMetricFamily(
             "harmonium:window_blocks_used",
             "Cache blocks of window layers in use.",
             statistics.window_blocks_used,
         )
+
+
+def _draft_metrics(statistics: EngineStatistics) -> Iterator[Metric]:
+    """Guesses ahead, under vLLM's names for them."""
+    for name, text, value in (
+        ("num_drafts", "Guesses.", statistics.num_drafts),
+        ("num_draft_tokens", "Tokens guessed.", statistics.num_draft_tokens),
+        ("num_accepted_tokens", "Guessed tokens that came true.", statistics.num_accepted_draft_tokens),
+    ):
+        yield CounterMetricFamily(f"vllm:spec_decode_{name}", text, value)

@@ -22,6 +22,7 @@ def make_engine(
     max_batch_tokens: int = 512,
     max_queue: int = 256,
     prefix_cache: bool = True,
+    speculation: str = "ngram",
 ) -> LocalEngine:
     runner = runner or FakeRunner()
     runner.allocate_cache(num_full_blocks, num_window_blocks)
@@ -36,6 +37,7 @@ def make_engine(
             max_batch_tokens=max_batch_tokens,
             max_queue=max_queue,
             prefix_cache=prefix_cache,
+            speculation=speculation,  # type: ignore[arg-type]
         ),
     )
 
