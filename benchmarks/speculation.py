@@ -3,8 +3,8 @@
     python benchmarks/speculation.py MODEL [--tokens 256] [--rounds 3] [--file FILE]
 
 A random checkpoint writes no text, so the answer is given: the model computes every step in full (its logits,
-its draws), then the next token of a prepared text is taken in place of what it drew. Two answers are timed, with
-speculation "off" and "ngram" in turn:
+its draws), then the next token of a prepared text is taken in place of what it drew. Two answers are timed,
+with speculation "off" and "ngram" in turn:
 
 copy: a source file of 300 lines is in the prompt, and the answer is the file with one name changed.
 prose: text that does not repeat itself, where guesses fail.
@@ -61,7 +61,7 @@ class Task:
 
 
 def tasks(file: Path, num_tokens: int) -> list[Task]:
-    """The two answers. prose is the licence and the README behind an unrelated prompt."""
+    """The two answers. prose is a page of the documentation behind another one."""
     encode = vocabulary().encode
     source = "\n".join(file.read_text().splitlines()[:300])
     name = max(set(filter(str.isidentifier, source.split())), key=lambda word: source.count(word) * len(word))
