@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <initializer_list>
 #include <new>
+#include <vector>
 
 #include "bindings.h"
 #include "matmul.h"
@@ -163,9 +164,113 @@ void bind_matmul_mxfp4(nb::handle x, nb::handle blocks_object, nb::handle scales
   run_linear(x, weight, bias, out, parse_activations(activations), false);
 }
 
+// A pair of a and b as Python has it: both [rank, size] (num_experts 0) or [E, rank, size]; float32 or bf16 bits.
+template <typename T>
+LowRank typed_pair(nb::handle a_object, nb::handle b_object, std::int64_t num_experts) {
+  const int rank = num_experts ? 3 : 2;
+  const Array<T> a(a_object, "a", rank), b(b_object, "b", rank);
+  if (num_experts) a.expect({num_experts, -1, -1}), b.expect({num_experts, a.shape(1), -1});
+  else b.expect({a.shape(0), -1});
+  LowRank pair;
+  pair.a = a.data();
+  pair.b = b.data();
+  pair.is_bf16 = sizeof(T) == 2;
+  pair.rank = a.shape(rank - 2);
+  pair.num_inputs = a.shape(rank - 1);
+  pair.num_outputs = b.shape(rank - 1);
+  require(pair.rank >= 1, "a has rank 0; expected at least 1");
+  return pair;
+}
+
+bool is_bf16(nb::handle object) {
+  Py_buffer view;
+  if (PyObject_GetBuffer(object.ptr(), &view, PyBUF_FORMAT | PyBUF_STRIDES) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  const bool found = view.format && std::string(view.format) == "H";
+  PyBuffer_Release(&view);
+  return found;
+}
+
+LowRank parse_pair(nb::handle a, nb::handle b, float scale, std::int64_t num_experts) {
+  LowRank pair = is_bf16(a) ? typed_pair<std::uint16_t>(a, b, num_experts) : typed_pair<float>(a, b, num_experts);
+  pair.scale = scale;
+  return pair;
+}
+
+// An entry of an adapter's tuple: None, or (a, b, scale) of the experts' gate_up or down.
+LowRank parse_expert_pair(nb::handle object, const Experts& experts, const Weight& weight) {
+  if (object.is_none()) return {};
+  const auto parts = nb::cast<nb::tuple>(object);
+  require(parts.size() == 3, "adapter: a pair has " + std::to_string(parts.size()) + " parts; expected a, b, scale");
+  const LowRank pair = parse_pair(parts[0], parts[1], nb::cast<float>(parts[2]), experts.num_experts);
+  require(pair.num_inputs == weight.num_inputs && pair.num_outputs == weight.num_outputs,
+          "adapter: a pair takes " + std::to_string(pair.num_inputs) + " inputs to " +
+              std::to_string(pair.num_outputs) + " outputs; expected " + std::to_string(weight.num_inputs) + " and " +
+              std::to_string(weight.num_outputs));
+  return pair;
+}
+
+// The adapters of a moe call: a list of (gate_up, down) and the index of each token's, -1: none. The list may be None.
+struct BoundAdapters {
+  BoundAdapters(nb::handle list, nb::handle of_token, const Experts& experts, std::int64_t num_tokens) {
+    if (list.is_none()) return;
+    const Array<std::int32_t> index(of_token, "adapter_T", 1);
+    index.expect({num_tokens});
+    for (nb::handle object : nb::cast<nb::sequence>(list)) {
+      const auto both = nb::cast<nb::tuple>(object);
+      require(both.size() == 2, "adapter has " + std::to_string(both.size()) + " parts; expected gate_up and down");
+      adapters.push_back({parse_expert_pair(both[0], experts, experts.gate_up),
+                          parse_expert_pair(both[1], experts, experts.down)});
+    }
+    const auto count = static_cast<std::int32_t>(adapters.size());
+    for (std::int64_t t = 0; t < num_tokens; ++t) {
+      require(index.data()[t] >= -1 && index.data()[t] < count,
+              "adapter_T holds " + std::to_string(index.data()[t]) + " for token " + std::to_string(t) +
+                  "; expected -1 to " + std::to_string(count - 1));
+    }
+    value = {adapters.data(), index.data(), 1};
+    for (const ExpertAdapter& adapter : adapters) {
+      for (const std::int64_t rank : {adapter.gate_up.rank, adapter.down.rank}) {
+        if (rank > value.max_rank) value.max_rank = rank;
+      }
+    }
+    is_given = true;
+  }
+  const ExpertAdapters* get() const { return is_given ? &value : nullptr; }
+
+  std::vector<ExpertAdapter> adapters;
+  ExpertAdapters value{};
+  bool is_given = false;
+};
+
+// out[row][column...] += scale * (x[row] . a^T) . b for each of the rows.
+void bind_low_rank(nb::handle x_object, nb::handle row_object, nb::handle a, nb::handle b, float scale,
+                   nb::handle out_object, std::int64_t column) {
+  const Array<float> x(x_object, "x", 2), out(out_object, "out", 2, Access::write);
+  const Array<std::int32_t> row(row_object, "row", 1);
+  const LowRank pair = parse_pair(a, b, scale, 0);
+  x.expect({-1, pair.num_inputs});
+  out.expect({x.shape(0), -1});
+  require(column >= 0 && column + pair.num_outputs <= out.shape(1),
+          "column is " + std::to_string(column) + "; expected 0 to " +
+              std::to_string(out.shape(1) - pair.num_outputs) + " (out has " + std::to_string(out.shape(1)) +
+              " columns, b " + std::to_string(pair.num_outputs) + ")");
+  for (std::int64_t i = 0; i < row.shape(0); ++i) {
+    const std::int64_t least = i ? row.data()[i - 1] + 1 : 0;
+    require(row.data()[i] >= least && row.data()[i] < x.shape(0),
+            "row[" + std::to_string(i) + "] is " + std::to_string(row.data()[i]) + "; expected " +
+                std::to_string(least) + " to " + std::to_string(x.shape(0) - 1));
+  }
+  nb::gil_scoped_release release;
+  low_rank(x.data(), row.data(), row.shape(0), pair, out.data(), out.shape(1), column);
+}
+
 // Everything about a moe call that is not a weight; E, D and F come from the weights.
 void run_moe(nb::handle x_object, nb::handle id_object, nb::handle weight_object, Experts& experts,
-             nb::handle gate_up_bias, nb::handle down_bias, nb::handle out_object, Activations activations) {
+             nb::handle gate_up_bias, nb::handle down_bias, nb::handle out_object, Activations activations,
+             nb::handle adapter_list, nb::handle adapter_of) {
   const Array<float> x(x_object, "x", 2), weight(weight_object, "expert_weight", 2),
       out(out_object, "out", 2, Access::write);
   const Array<std::int32_t> id(id_object, "expert_id", 2);
@@ -190,13 +295,16 @@ void run_moe(nb::handle x_object, nb::handle id_object, nb::handle weight_object
                                 .c_str());
     }
   }
+  const BoundAdapters adapters(adapter_list, adapter_of, experts, num_tokens);
   nb::gil_scoped_release release;
-  moe(x.data(), num_tokens, id.data(), weight.data(), static_cast<int>(num_active), experts, activations, out.data());
+  moe(x.data(), num_tokens, id.data(), weight.data(), static_cast<int>(num_active), experts, adapters.get(),
+      activations, out.data());
 }
 
 void bind_moe_mxfp4(nb::handle x, nb::handle expert_id, nb::handle expert_weight, nb::handle gate_up_blocks,
                     nb::handle gate_up_scales, nb::handle gate_up_bias, nb::handle down_blocks, nb::handle down_scales,
-                    nb::handle down_bias, nb::handle out, float limit, float alpha, const std::string& activations) {
+                    nb::handle down_bias, nb::handle out, float limit, float alpha, const std::string& activations,
+                    nb::handle adapters, nb::handle adapter_of) {
   const Array<std::uint8_t> up(gate_up_blocks, "gate_up_blocks", 4), up_scales(gate_up_scales, "gate_up_scales", 3);
   const Array<std::uint8_t> down(down_blocks, "down_blocks", 4), scales(down_scales, "down_scales", 3);
   const std::int64_t num_experts = up.shape(0), hidden = up.shape(2) * kBlock, size = down.shape(2) * kBlock;
@@ -210,12 +318,13 @@ void bind_moe_mxfp4(nb::handle x, nb::handle expert_id, nb::handle expert_weight
                   num_experts,
                   limit,
                   alpha};
-  run_moe(x, expert_id, expert_weight, experts, gate_up_bias, down_bias, out, parse_activations(activations));
+  run_moe(x, expert_id, expert_weight, experts, gate_up_bias, down_bias, out, parse_activations(activations),
+          adapters, adapter_of);
 }
 
 void bind_moe_bf16(nb::handle x, nb::handle expert_id, nb::handle expert_weight, nb::handle gate_up_weight,
                    nb::handle gate_up_bias, nb::handle down_weight, nb::handle down_bias, nb::handle out, float limit,
-                   float alpha) {
+                   float alpha, nb::handle adapters, nb::handle adapter_of) {
   const Array<std::uint16_t> up(gate_up_weight, "gate_up_weight", 3), down(down_weight, "down_weight", 3);
   const std::int64_t num_experts = up.shape(0), hidden = up.shape(1), size = down.shape(1);
   up.expect({-1, -1, 2 * size});
@@ -226,7 +335,7 @@ void bind_moe_bf16(nb::handle x, nb::handle expert_id, nb::handle expert_weight,
                   num_experts,
                   limit,
                   alpha};
-  run_moe(x, expert_id, expert_weight, experts, gate_up_bias, down_bias, out, Activations::bf16);
+  run_moe(x, expert_id, expert_weight, experts, gate_up_bias, down_bias, out, Activations::bf16, adapters, adapter_of);
 }
 
 // uint8 memory on huge pages where the system gives them; contents undefined.
@@ -264,8 +373,15 @@ void bind_matmul(nb::module_& m) {
         nb::arg("add"));
   m.def("matmul_mxfp4", &bind_matmul_mxfp4, nb::arg("x"), nb::arg("blocks"), nb::arg("scales"), nb::arg("bias").none(),
         nb::arg("out"), nb::arg("activations"));
-  m.def("moe_mxfp4", &bind_moe_mxfp4);
-  m.def("moe_bf16", &bind_moe_bf16);
+  m.def("moe_mxfp4", &bind_moe_mxfp4, nb::arg("x"), nb::arg("expert_id"), nb::arg("expert_weight"),
+        nb::arg("gate_up_blocks"), nb::arg("gate_up_scales"), nb::arg("gate_up_bias"), nb::arg("down_blocks"),
+        nb::arg("down_scales"), nb::arg("down_bias"), nb::arg("out"), nb::arg("limit"), nb::arg("alpha"),
+        nb::arg("activations"), nb::arg("adapters").none(), nb::arg("adapter_T").none());
+  m.def("moe_bf16", &bind_moe_bf16, nb::arg("x"), nb::arg("expert_id"), nb::arg("expert_weight"),
+        nb::arg("gate_up_weight"), nb::arg("gate_up_bias"), nb::arg("down_weight"), nb::arg("down_bias"),
+        nb::arg("out"), nb::arg("limit"), nb::arg("alpha"), nb::arg("adapters").none(), nb::arg("adapter_T").none());
+  m.def("low_rank", &bind_low_rank, nb::arg("x"), nb::arg("row"), nb::arg("a"), nb::arg("b"), nb::arg("scale"),
+        nb::arg("out"), nb::arg("column"));
   m.def("linear_scratch_bytes", &linear_scratch_bytes, nb::arg("num_tokens"), nb::arg("num_inputs"));
   m.def("moe_scratch_bytes", &moe_scratch_bytes, nb::arg("num_tokens"), nb::arg("hidden"), nb::arg("expert_size"),
         nb::arg("num_active"));

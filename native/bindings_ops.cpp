@@ -1,6 +1,9 @@
 // Checks of the arrays for native/ops.h: a ValueError names the argument, its value and what was expected.
+#include <nanobind/stl/optional.h>
+
 #include <climits>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include "bindings.h"
@@ -191,7 +194,7 @@ std::int64_t bound_scratch_bytes(std::int64_t num_heads, std::int64_t num_kv_hea
 }
 
 void bound_router(const ReadOnly& x, const ReadOnly& weight, const ReadOnly& bias, const Array& expert_id,
-                  const Array& expert_weight) {
+                  const Array& expert_weight, std::optional<ReadOnly> extra) {
   const std::int64_t T = size_of(x, "x", 2, 0), D = size_of(x, "x", 2, 1), E = size_of(weight, "weight", 2, 0);
   const std::int64_t A = size_of(expert_id, "expert_id", 2, 1);
   require(A >= 1 && A <= E, "expert_id has " + text(A) + " columns; expected 1 to " + text(E) + " (experts)");
@@ -199,10 +202,11 @@ void bound_router(const ReadOnly& x, const ReadOnly& weight, const ReadOnly& bia
   const auto* x_data = input<float>(x, "x", "float32", {T, D});
   const auto* weight_data = input<std::uint16_t>(weight, "weight", "uint16 (bf16 bits)", {E, D});
   const float* bias_data = short_vector(bias, "bias", E, buffer);
+  const float* extra_data = extra ? input<float>(*extra, "extra", "float32", {T, E}) : nullptr;
   auto* id_data = output<std::int32_t>(expert_id, "expert_id", "int32", {T, A});
   auto* out_data = output<float>(expert_weight, "expert_weight", "float32", {T, A});
   nb::gil_scoped_release release;
-  router(x_data, weight_data, bias_data, T, D, E, A, id_data, out_data);
+  router(x_data, weight_data, bias_data, extra_data, T, D, E, A, id_data, out_data);
 }
 
 void bound_gather_rows(const ReadOnly& table, const ReadOnly& token_id, const Array& out) {
@@ -232,7 +236,7 @@ void bind_ops(nb::module_& m) {
         nb::arg("head_size"), nb::arg("num_tokens"), nb::arg("num_sequences"), nb::arg("max_context"),
         nb::arg("num_threads"));
   m.def("router", &bound_router, nb::arg("x"), nb::arg("weight"), nb::arg("bias"), nb::arg("expert_id"),
-        nb::arg("expert_weight"));
+        nb::arg("expert_weight"), nb::arg("extra").none() = nb::none());
   m.def("gather_rows", &bound_gather_rows, nb::arg("table"), nb::arg("token_id"), nb::arg("out"));
 }
 

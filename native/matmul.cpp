@@ -129,7 +129,7 @@ void copy_columns(const Weight& weight, const std::uint16_t* data, std::int64_t 
 
 // Products of outputs first..first + num_rows - 1 of one expert with the rows token[0..num_tokens) of x.
 // Returns the tile, or null when memory is out.
-const float* product(const Weight& weight, std::int64_t expert, std::int64_t first, int num_rows, const Rows& x,
+float* product(const Weight& weight, std::int64_t expert, std::int64_t first, int num_rows, const Rows& x,
                      const std::int32_t* token, int num_tokens, int thread) {
   const Int8Table& int8 = int8_table();
   const Bf16Table& bf16 = bf16_table();
@@ -212,7 +212,7 @@ void for_each_tile(const Weight& weight, const std::vector<Chunk>& chunks, const
       const Chunk& chunk = chunks[at / tiles];
       const std::int64_t first = at % tiles * kTileRows;
       const int num_rows = static_cast<int>(std::min<std::int64_t>(kTileRows, weight.num_outputs - first));
-      const float* tile = product(weight, chunk.expert, first, num_rows, x, token + chunk.begin, chunk.count, thread);
+      float* tile = product(weight, chunk.expert, first, num_rows, x, token + chunk.begin, chunk.count, thread);
       if (tile)
         use(chunk, first, num_rows, tile);
       else
@@ -259,6 +259,53 @@ Groups group_by_expert(const std::int32_t* expert_id, std::int64_t num_slots, in
                    [](const Chunk& a, const Chunk& b) { return a.count > b.count; });
   return groups;
 }
+
+// What adapters add to one product of all experts after the other. Without adapters it does nothing.
+class AdapterPass {
+ public:
+  AdapterPass(const ExpertAdapters* adapters, const Groups& groups) : adapters_(adapters), groups_(groups) {
+    if (adapters_) inner_.resize(groups.token.size() * adapters_->max_rank);
+  }
+
+  // The products with `a` of every slot that has an adapter. x: the inputs; row: those of a slot in grouped order,
+  // null: the slot's own.
+  void shrink(LowRank ExpertAdapter::* which, const float* x, const std::int32_t* row) {
+    if (!adapters_) return;
+    which_ = which;
+    parallel(static_cast<std::int64_t>(groups_.chunks.size()), [&](std::int64_t task, int) {
+      const Chunk& chunk = groups_.chunks[task];
+      for (std::int64_t at = chunk.begin; at < chunk.begin + chunk.count; ++at) {
+        const LowRank* pair = pair_of(at);
+        const std::int64_t from = row ? row[at] : at;
+        if (pair) low_rank_table().shrink(*pair, chunk.expert, x + from * pair->num_inputs, inner(at));
+      }
+    });
+  }
+
+  // Adds the products with `b` to a tile of outputs first..first + num_rows - 1.
+  void expand(const Chunk& chunk, std::int64_t first, int num_rows, float* tile) {
+    if (!adapters_) return;
+    for (int i = 0; i < chunk.count; ++i) {
+      const std::int64_t at = chunk.begin + i;
+      const LowRank* pair = pair_of(at);
+      if (pair) low_rank_table().expand(*pair, chunk.expert, inner(at), first, num_rows, tile + i * kTileRows);
+    }
+  }
+
+ private:
+  const LowRank* pair_of(std::int64_t at) const {
+    const std::int32_t index = adapters_->of_token[groups_.token[at]];
+    if (index < 0) return nullptr;
+    const LowRank& pair = adapters_->list[index].*which_;
+    return pair.a ? &pair : nullptr;
+  }
+  float* inner(std::int64_t at) { return inner_.data() + at * adapters_->max_rank; }
+
+  const ExpertAdapters* adapters_;
+  const Groups& groups_;
+  LowRank ExpertAdapter::* which_ = nullptr;
+  std::vector<float> inner_;
+};
 
 }  // namespace
 
@@ -309,7 +356,7 @@ void linear(const float* x, std::int64_t num_tokens, const Weight& weight, Activ
 }
 
 void moe(const float* x, std::int64_t num_tokens, const std::int32_t* expert_id, const float* expert_weight,
-         int num_active, const Experts& experts, Activations activations, float* out) {
+         int num_active, const Experts& experts, const ExpertAdapters* adapters, Activations activations, float* out) {
   const TileTable& table = tile_table();
   const std::int64_t hidden = experts.down.num_outputs, size = experts.down.num_inputs;
   const std::int64_t num_slots = num_tokens * num_active;
@@ -321,7 +368,11 @@ void moe(const float* x, std::int64_t num_tokens, const std::int32_t* expert_id,
   // Units in grouped order; later the parts [T, A, D], when the units are rounded and no longer needed.
   auto* units = reinterpret_cast<float*>(inner_memory + linear_scratch_bytes(num_slots, size));
 
-  const auto activate = [&](const Chunk& chunk, std::int64_t first, int num_rows, const float* tile) {
+  AdapterPass pass(adapters, groups);
+
+  pass.shrink(&ExpertAdapter::gate_up, x, groups.token.data());
+  const auto activate = [&](const Chunk& chunk, std::int64_t first, int num_rows, float* tile) {
+    pass.expand(chunk, first, num_rows, tile);
     const std::uint16_t* bias = experts.gate_up.bias + chunk.expert * experts.gate_up.num_outputs + first;
     for (int i = 0; i < chunk.count; ++i) {
       float* to = units + (chunk.begin + i) * size + first / 2;
@@ -330,11 +381,13 @@ void moe(const float* x, std::int64_t num_tokens, const std::int32_t* expert_id,
   };
   for_each_tile(experts.gate_up, groups.chunks, rows, groups.token.data(), activate);
 
+  pass.shrink(&ExpertAdapter::down, units, nullptr);
   const Rows inner = prepare(experts.down, activations, units, num_slots, inner_memory);
   std::vector<std::int32_t> position(num_slots);
   for (std::int64_t i = 0; i < num_slots; ++i) position[i] = static_cast<std::int32_t>(i);
   float* parts = units;
-  const auto weigh = [&](const Chunk& chunk, std::int64_t first, int num_rows, const float* tile) {
+  const auto weigh = [&](const Chunk& chunk, std::int64_t first, int num_rows, float* tile) {
+    pass.expand(chunk, first, num_rows, tile);
     const std::uint16_t* bias = experts.down.bias + chunk.expert * hidden + first;
     for (int i = 0; i < chunk.count; ++i) {
       const std::int64_t slot = groups.slot[chunk.begin + i];

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "low_rank.h"
+
 namespace harmonium {
 
 constexpr int kBlock = 32;             // inputs that share one scale, in weights and in activations
@@ -128,8 +130,9 @@ void quantize_weight(const std::uint16_t* weight, std::int64_t num_outputs, std:
                      std::uint8_t* panels);
 void linear(const float* x, std::int64_t num_tokens, const Weight& weight, Activations activations, bool add,
             float* out);
+// adapters: null, or what LoRA adapters add to the products of some tokens.
 void moe(const float* x, std::int64_t num_tokens, const std::int32_t* expert_id, const float* expert_weight,
-         int num_active, const Experts& experts, Activations activations, float* out);
+         int num_active, const Experts& experts, const ExpertAdapters* adapters, Activations activations, float* out);
 
 // Bytes of shared scratch that a call takes (kept for the next one) and bytes that each thread takes.
 std::int64_t linear_scratch_bytes(std::int64_t num_tokens, std::int64_t num_inputs);

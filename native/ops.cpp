@@ -250,8 +250,8 @@ std::int64_t attention_scratch_bytes(std::int64_t num_heads, std::int64_t num_kv
          static_cast<std::int64_t>(sizeof(TilePlan)) * 2 * tiles + 32 * work;
 }
 
-void router(const float* x, const std::uint16_t* weight, const float* bias, std::int64_t T, std::int64_t D,
-            std::int64_t E, std::int64_t A, std::int32_t* expert_id, float* expert_weight) {
+void router(const float* x, const std::uint16_t* weight, const float* bias, const float* extra, std::int64_t T,
+            std::int64_t D, std::int64_t E, std::int64_t A, std::int32_t* expert_id, float* expert_weight) {
   const OpsTable& ops = table();
   float* logits = caller_floats(T * E);
   const std::int64_t expert_tasks = ceil_div(E, kRouterExperts);
@@ -264,6 +264,7 @@ void router(const float* x, const std::uint16_t* weight, const float* bias, std:
     for (std::int64_t t = begin; t < end; ++t) {
       float* row = logits + t * E;
       for (std::int64_t e = 0; e < E; ++e) row[e] += bias[e];
+      for (std::int64_t e = 0; extra && e < E; ++e) row[e] += extra[t * E + e];
       choose_experts(row, E, A, expert_id + t * A, expert_weight + t * A, ops);
     }
   });

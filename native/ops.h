@@ -108,10 +108,10 @@ std::int64_t attention_scratch_bytes(std::int64_t num_heads, std::int64_t num_kv
                                      std::int64_t num_tokens, std::int64_t num_sequences, std::int64_t max_context,
                                      int num_threads);
 
-// logits = x_TD . weight_ED + bias_E; the top A by logit (ties: lower id first; NaN counts as lowest) and the
+// logits = x_TD . weight_ED + bias_E (+ extra_TE, unless it is null); the top A by logit (ties: lower id first; NaN counts as lowest) and the
 // softmax over them.
-void router(const float* x, const std::uint16_t* weight, const float* bias, std::int64_t T, std::int64_t D,
-            std::int64_t E, std::int64_t A, std::int32_t* expert_id, float* expert_weight);
+void router(const float* x, const std::uint16_t* weight, const float* bias, const float* extra, std::int64_t T,
+            std::int64_t D, std::int64_t E, std::int64_t A, std::int32_t* expert_id, float* expert_weight);
 
 // out_TD = table_VD[token_id_T] widened.
 void gather_rows(const std::uint16_t* table, const std::int32_t* token_id, std::int64_t T, std::int64_t D, float* out);

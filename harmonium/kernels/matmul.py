@@ -12,8 +12,9 @@ docs/kernels.md.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,13 @@ Activations = Literal["int8", "bf16"]
 """How activations enter a product. int8: a scale per 32 inputs. bf16: rounded to nearest even."""
 
 PANEL_ROWS = 16
+
+Pair = tuple[npt.NDArray[Any], npt.NDArray[Any], float]
+"""(a, b, scale) of a low-rank product scale * (x @ a.T) @ b: float32, or bf16 bits in both. For the experts
+a is [E, R, inputs] and b [E, R, outputs], R the rank."""
+
+ExpertAdapter = tuple[Pair | None, Pair | None]
+"""What an adapter adds to gate_up and to down of a layer's experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +93,22 @@ def matmul_mxfp4(
     _native.matmul_mxfp4(x_TK, blocks_NK, scales_NB, bias_N, out_TN, activations)
 
 
+def low_rank(
+    x_TK: F32,
+    row_X: Int32,
+    a_RK: npt.NDArray[Any],
+    b_RN: npt.NDArray[Any],
+    scale: float,
+    out_TM: F32,
+    column: int = 0,
+) -> None:
+    """Add scale * (x @ a.T) @ b to columns column ... column + N - 1 of out, for the rows row_X of x and out.
+
+    row_X: ascending, each once. a and b are both float32, or both bf16 bits; sums are float32.
+    """
+    _native.low_rank(x_TK, row_X, a_RK, b_RN, scale, out_TM, column)
+
+
 def moe_mxfp4(
     x_TD: F32,
     expert_id_TA: Int32,
@@ -99,11 +123,15 @@ def moe_mxfp4(
     limit: float,
     alpha: float,
     activations: Activations = "int8",
+    adapters: Sequence[ExpertAdapter] | None = None,
+    adapter_T: Int32 | None = None,
 ) -> None:
     """Add to out the weighted sum of each token's experts: gate_up, clamped SwiGLU, down.
 
     gate_up [E, 2F, D/32, 16] with gate and up rows in turn, down [E, D, F/32, 16]; scales without the last
-    axis; biases [E, 2F] and [E, D]. Raises IndexError for an expert id outside 0 to E - 1.
+    axis; biases [E, 2F] and [E, D]. adapters: what LoRA adapters add to both products (for gate_up before
+    the SwiGLU), from float32 inputs; adapter_T: which of them is a token's, -1: none. Raises IndexError for
+    an expert id outside 0 to E - 1.
     """
     _native.moe_mxfp4(
         x_TD,
@@ -119,6 +147,8 @@ def moe_mxfp4(
         limit,
         alpha,
         activations,
+        adapters,
+        adapter_T,
     )
 
 
@@ -133,6 +163,8 @@ def moe_bf16(
     out_TD: F32,
     limit: float,
     alpha: float,
+    adapters: Sequence[ExpertAdapter] | None = None,
+    adapter_T: Int32 | None = None,
 ) -> None:
     """Add to out what `moe_mxfp4` adds, for bf16 experts as Hugging Face lays them out.
 
@@ -150,6 +182,8 @@ def moe_bf16(
         out_TD,
         limit,
         alpha,
+        adapters,
+        adapter_T,
     )
 
 

@@ -108,16 +108,23 @@ def attention_scratch_bytes(
 
 
 def router(
-    x_TD: F32, weight_ED: Bf16, bias_E: F32 | Bf16, expert_id_TA: Int32, expert_weight_TA: F32
+    x_TD: F32,
+    weight_ED: Bf16,
+    bias_E: F32 | Bf16,
+    expert_id_TA: Int32,
+    expert_weight_TA: F32,
+    extra_TE: F32 | None = None,
 ) -> None:
     """Choose each token's A experts: the highest logits of x . weight + bias, and the softmax over those.
+
+    extra_TE: added to the logits.
 
     Written to expert_id_TA, best first (equal logits: lower id first; NaN counts as lowest, so ids are always
     valid and different), and expert_weight_TA.
 
     Source: openai/gpt-oss, gpt_oss/torch/model.py (MLPBlock).
     """
-    _native.router(x_TD, weight_ED, bias_E, expert_id_TA, expert_weight_TA)
+    _native.router(x_TD, weight_ED, bias_E, expert_id_TA, expert_weight_TA, extra_TE)
 
 
 def gather_rows(table_VD: Bf16, token_id_T: Int32, out_TD: F32) -> None:

@@ -6,7 +6,8 @@ float32 once, so that a kernel's distance from here is its own error.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ __all__ = [
     "decode_mxfp4",
     "linear_bf16",
     "linear_int8",
+    "low_rank",
     "matmul_mxfp4",
     "moe_bf16",
     "moe_mxfp4",
@@ -31,6 +33,8 @@ U8 = npt.NDArray[np.uint8]
 Int8 = npt.NDArray[np.int8]
 Int32 = npt.NDArray[np.int32]
 Activations = Literal["int8", "bf16"]
+Pair = tuple[npt.NDArray[Any], npt.NDArray[Any], float]
+ExpertAdapter = tuple[Pair | None, Pair | None]
 
 E2M1_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 """The sixteen values of MXFP4's elements. Source: OCP Microscaling Formats (MX) 1.0, table 5."""
@@ -141,6 +145,28 @@ def matmul_mxfp4(
     _write(_activations(x_TK, activations) @ weight.T, bias_N, out_TN, False)
 
 
+def _low_rank(x_K: F64, a_RK: npt.NDArray[Any], b_RN: npt.NDArray[Any], scale: float) -> F64:
+    a, b = (_from_bf16(w) if w.dtype == np.uint16 else w for w in (a_RK, b_RN))
+    # A kernel keeps the scale in float32.
+    return np.asarray((a.astype(np.float64) @ x_K) * np.float64(np.float32(scale)) @ b.astype(np.float64))
+
+
+def low_rank(
+    x_TK: F32,
+    row_X: Int32,
+    a_RK: npt.NDArray[Any],
+    b_RN: npt.NDArray[Any],
+    scale: float,
+    out_TM: F32,
+    column: int = 0,
+) -> None:
+    """Add scale * (x @ a.T) @ b to a run of columns of out, for some rows of x and out."""
+    for row in row_X:
+        columns = slice(column, column + b_RN.shape[1])
+        product_N = _low_rank(x_TK[row].astype(np.float64), a_RK, b_RN, scale)
+        out_TM[row, columns] = out_TM[row, columns] + product_N
+
+
 def swiglu(gate_up: F64, limit: float, alpha: float) -> F64:
     """Return [..., F] for [..., 2F]: gate * sigmoid(alpha * gate) * (up + 1), clamped first.
 
@@ -165,14 +191,22 @@ def _moe(
     limit: float,
     alpha: float,
     activations: Activations,
+    adapters: Sequence[ExpertAdapter] | None,
+    adapter_T: Int32 | None,
 ) -> None:
     x = _activations(x_TD, activations)
     for token, experts in enumerate(expert_id_TA):
         total = np.zeros(out_TD.shape[1])
+        has_adapter = adapters is not None and adapter_T is not None and adapter_T[token] >= 0
+        up, low = adapters[adapter_T[token]] if has_adapter else (None, None)  # type: ignore[index]
         for slot, expert in enumerate(experts):
             gate_up = gate_up_ENK[expert].astype(np.float64) @ x[token] + _from_bf16(gate_up_bias[expert])
+            if up is not None:
+                gate_up += _low_rank(x_TD[token].astype(np.float64), up[0][expert], up[1][expert], up[2])
             unit_F = swiglu(gate_up, limit, alpha).astype(np.float32)
             down = down_ENK[expert].astype(np.float64) @ _activations(unit_F[None], activations)[0]
+            if low is not None:
+                down += _low_rank(unit_F.astype(np.float64), low[0][expert], low[1][expert], low[2])
             total += (down + _from_bf16(down_bias[expert])) * expert_weight_TA[token, slot]
         out_TD[token] = out_TD[token] + total
 
@@ -191,14 +225,29 @@ def moe_mxfp4(
     limit: float,
     alpha: float,
     activations: Activations = "int8",
+    adapters: Sequence[ExpertAdapter] | None = None,
+    adapter_T: Int32 | None = None,
 ) -> None:
     """Add to out, for each token, its experts' outputs times their weights.
 
     The units between the two products enter the second as the inputs enter the first: quantized or rounded.
+    What an adapter adds is computed from both as they are.
     """
     gate_up, down = decode_mxfp4(gate_up_blocks, gate_up_scales), decode_mxfp4(down_blocks, down_scales)
     routes = x_TD, expert_id_TA, expert_weight_TA
-    _moe(*routes, gate_up, gate_up_bias, down, down_bias, out_TD, limit, alpha, activations)
+    _moe(
+        *routes,
+        gate_up,
+        gate_up_bias,
+        down,
+        down_bias,
+        out_TD,
+        limit,
+        alpha,
+        activations,
+        adapters,
+        adapter_T,
+    )
 
 
 def moe_bf16(
@@ -212,8 +261,10 @@ def moe_bf16(
     out_TD: F32,
     limit: float,
     alpha: float,
+    adapters: Sequence[ExpertAdapter] | None = None,
+    adapter_T: Int32 | None = None,
 ) -> None:
     """Add to out what moe_mxfp4 adds, for bf16 experts [E, D, 2F] and [E, F, D]."""
     gate_up, down = _from_bf16(gate_up_weight).swapaxes(1, 2), _from_bf16(down_weight).swapaxes(1, 2)
     routes = x_TD, expert_id_TA, expert_weight_TA
-    _moe(*routes, gate_up, gate_up_bias, down, down_bias, out_TD, limit, alpha, "bf16")
+    _moe(*routes, gate_up, gate_up_bias, down, down_bias, out_TD, limit, alpha, "bf16", adapters, adapter_T)

@@ -119,10 +119,17 @@ def attention(
 
 
 def router(
-    x_TD: F32, weight_ED: Bf16, bias_E: F32 | Bf16, expert_id_TA: Int32, expert_weight_TA: F32
+    x_TD: F32,
+    weight_ED: Bf16,
+    bias_E: F32 | Bf16,
+    expert_id_TA: Int32,
+    expert_weight_TA: F32,
+    extra_TE: F32 | None = None,
 ) -> None:
     """Choose the highest logits (equal ones: lower id first; NaN counts as lowest) and their softmax."""
     logit_TE = x_TD.astype(np.float64) @ _float64(weight_ED).T + _float64(bias_E)
+    if extra_TE is not None:
+        logit_TE = logit_TE + extra_TE
     # NaN sorts last, and a stable sort keeps lower ids first.
     expert_id_TA[:] = np.argsort(-logit_TE, axis=1, kind="stable")[:, : expert_id_TA.shape[1]]
     chosen_TA = np.take_along_axis(logit_TE, expert_id_TA.astype(np.int64), axis=1)

@@ -111,7 +111,8 @@ class Batch:
     p of a sequence lies in block table[p // P], slot p % P. -1: not allocated, or freed because it left the
     window; a step never reads it.
     logit_row_R: rows of T for which logits are computed. sampling: one for each of them, or None for a row
-    whose logits are only returned. wants_logits: return logits_RV.
+    whose logits are only returned. wants_logits: return logits_RV. adapter_S: which LoRA adapter of the
+    runner's is a sequence's, by its place there; -1: none. None: no sequence has one.
     """
 
     token_id_T: npt.NDArray[np.int32]
@@ -123,6 +124,7 @@ class Batch:
     logit_row_R: npt.NDArray[np.int32]
     sampling: tuple[RowSampling | None, ...]
     wants_logits: bool = False
+    adapter_S: npt.NDArray[np.int32] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,17 +6,20 @@ Everything a step needs lies in memory taken before the first one: a step alloca
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from harmonium.checkpoint.lora import LoraAdapter
 from harmonium.checkpoint.model_config import LayerKind, ModelConfig
 from harmonium.checkpoint.names import EMBEDDING
 from harmonium.config import CACHE_BLOCK_TOKENS, Weights
 from harmonium.errors import CheckpointError, EngineClosed
 from harmonium.kernels.ops import attention, gather_rows, rms_norm, rope_and_store, router
 from harmonium.model.batch import Batch, SampledToken, StepResult
+from harmonium.model.lora import AdapterSet, StepAdapters
 from harmonium.model.memory import EMBEDDING_ROWS_KEPT, MAX_LOGIT_ROWS
 from harmonium.model.pages import Reader
 from harmonium.model.rope import attention_factor, inverse_frequencies, rope_tables
@@ -58,8 +61,9 @@ class NativeRunner:
     """Runs a checkpoint on the CPU. Implements model.runner.Runner.
 
     weights: "int8" converts the dense weights at load and quantizes activations; "bf16" uses them as they are
-    and rounds activations to bf16. progress: called with (bytes done, bytes in all). The checkpoint is closed
-    with the runner. The kernels' threads and instruction set are the process's (kernels.runtime.configure).
+    and rounds activations to bf16. progress: called with (bytes done, bytes in all). adapters: those that
+    sequences of a batch may name by their places here. The checkpoint is closed with the runner. The kernels'
+    threads and instruction set are the process's (kernels.runtime.configure).
 
     Raises CheckpointError for sizes that the kernels cannot take.
     """
@@ -70,6 +74,7 @@ class NativeRunner:
         weights: Weights = "int8",
         max_batch_tokens: int = 512,
         progress: Progress | None = None,
+        adapters: Sequence[LoraAdapter] = (),
     ) -> None:
         self._checkpoint = checkpoint
         self._config = config = checkpoint.config
@@ -82,6 +87,7 @@ class NativeRunner:
         self._scratch: _Scratch | None = _take_scratch(config, max_batch_tokens)
         self._caches: list[tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint16]]] = []
         self._embedding_rows = 0
+        self._adapters = AdapterSet(adapters, config, max_batch_tokens)
 
     @property
     def config(self) -> ModelConfig:
@@ -95,6 +101,11 @@ class NativeRunner:
     def dense_bytes(self) -> int:
         """What the plan calls dense_bytes, as it was taken; 0 when closed."""
         return 0 if self._weights is None else self._weights.dense_bytes
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Memory that adapters hold, their scratch included; 0 when closed."""
+        return self._adapters.nbytes
 
     @property
     def scratch_bytes(self) -> int:
@@ -124,12 +135,12 @@ class NativeRunner:
             f"{num_tokens} tokens; scratch is for {self._max_batch_tokens}"
         )
         assert len(self._caches) == self._config.num_layers, "allocate_cache comes before the first step"
-        places = self._places(batch)
+        places, adapters = self._places(batch), self._adapters.in_step(batch)
         hidden_TD, normed_TD = scratch.hidden_TD[:num_tokens], scratch.normed_TD[:num_tokens]
         self._embed(weights, batch.token_id_T, hidden_TD)
         last = self._config.num_layers - 1
         for index, layer in enumerate(weights.layers):
-            mixed_TN = self._attend(layer, index, batch, places, hidden_TD, normed_TD)
+            mixed_TN = self._attend(layer, index, batch, places, adapters, hidden_TD, normed_TD)
             if index == last and not _is_every_row(batch.logit_row_R, num_tokens):
                 # Past the last attention only rows that get logits matter.
                 hidden_TD, normed_TD, mixed_TN = self._keep_rows(
@@ -137,8 +148,11 @@ class NativeRunner:
                 )
                 if not hidden_TD.size:
                     break
+                adapters = adapters and adapters.keep(batch.logit_row_R)
             layer.out(mixed_TN, hidden_TD, True)
-            self._mix_experts(layer, hidden_TD, normed_TD)
+            if adapters is not None:
+                adapters.add_out(index, mixed_TN, hidden_TD)
+            self._mix_experts(layer, index, adapters, hidden_TD, normed_TD)
         return self._finish(weights, batch, hidden_TD, normed_TD)
 
     def wait_until_resident(self) -> None:
@@ -152,6 +166,7 @@ class NativeRunner:
         if self._weights is not None:
             self._reader.close()
             self._weights = self._scratch = None
+            self._adapters = AdapterSet((), self._config, 0)
             self._caches.clear()
             self._checkpoint.close()
 
@@ -186,6 +201,7 @@ class NativeRunner:
         index: int,
         batch: Batch,
         places: _Places,
+        adapters: StepAdapters | None,
         hidden_TD: FloatArray,
         normed_TD: FloatArray,
     ) -> FloatArray:
@@ -196,6 +212,8 @@ class NativeRunner:
         key_cache, value_cache = self._caches[index]
         rms_norm(hidden_TD, layer.attention_norm_D, config.rms_norm_eps, normed_TD)
         layer.qkv(normed_TD, qkv_TN)
+        if adapters is not None:
+            adapters.add_qkv(index, normed_TD, qkv_TN)
         rope_and_store(
             qkv_TN,
             places.cos_TK2,
@@ -219,14 +237,28 @@ class NativeRunner:
         )
         return mixed_TN
 
-    def _mix_experts(self, layer: LayerWeights, hidden_TD: FloatArray, normed_TD: FloatArray) -> None:
+    def _mix_experts(
+        self,
+        layer: LayerWeights,
+        index: int,
+        adapters: StepAdapters | None,
+        hidden_TD: FloatArray,
+        normed_TD: FloatArray,
+    ) -> None:
         scratch = self._scratch
         assert scratch is not None
         expert_id_TA = scratch.expert_id_TA[: len(hidden_TD)]
         expert_weight_TA = scratch.expert_weight_TA[: len(hidden_TD)]
         rms_norm(hidden_TD, layer.mlp_norm_D, self._config.rms_norm_eps, normed_TD)
-        router(normed_TD, layer.router_weight_ED, layer.router_bias_E, expert_id_TA, expert_weight_TA)
-        layer.experts(normed_TD, expert_id_TA, expert_weight_TA, hidden_TD)
+        routes = expert_id_TA, expert_weight_TA
+        if adapters is None:
+            router(normed_TD, layer.router_weight_ED, layer.router_bias_E, *routes)
+            layer.experts(normed_TD, *routes, hidden_TD)
+            return
+        extra_TE = adapters.router_extra(index, normed_TD)
+        router(normed_TD, layer.router_weight_ED, layer.router_bias_E, *routes, extra_TE)
+        listed = adapters.experts(index)
+        layer.experts(normed_TD, *routes, hidden_TD, listed, None if listed is None else adapters.adapter_T)
 
     def _keep_rows(
         self, row_R: npt.NDArray[np.int32], hidden_TD: FloatArray, normed_TD: FloatArray, mixed_TN: FloatArray

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from harmonium.checkpoint.bfloat16 import decode_bfloat16
+from harmonium.checkpoint.lora import LoraAdapter
 from harmonium.checkpoint.model_config import ModelConfig
 from harmonium.checkpoint.mxfp4 import decode_mxfp4
 from harmonium.errors import RequestError
@@ -43,13 +44,20 @@ class TensorSource(Protocol):
 class ReferenceModel:
     """gpt-oss, one line of arithmetic after the other.
 
-    dtype: float32, or float64 to see what float32's rounding costs.
+    dtype: float32, or float64 to see what float32's rounding costs. adapter: what it adds to the weights of
+    attention, router and experts is added to their products.
     """
 
-    def __init__(self, checkpoint: TensorSource, dtype: npt.DTypeLike = np.float32) -> None:
+    def __init__(
+        self,
+        checkpoint: TensorSource,
+        dtype: npt.DTypeLike = np.float32,
+        adapter: LoraAdapter | None = None,
+    ) -> None:
         self.config = checkpoint.config
         self.checkpoint = checkpoint
         self.dtype = np.dtype(dtype)
+        self.adapter = adapter
 
     def logits(self, token_ids: Sequence[int] | npt.NDArray[np.integer[Any]]) -> Array:
         """Scores of every vocabulary entry after each token: logits_TV.
@@ -118,9 +126,11 @@ class ReferenceModel:
         for expert in np.unique(expert_id_TA):
             token_X, choice_X = np.nonzero(expert_id_TA == expert)
             gate_up_XF2 = self.product(normed_TD[token_X], self.expert_weight(f"{name}.gate_up", expert))
+            gate_up_XF2 = self.adapted(f"{name}.gate_up", normed_TD[token_X], gate_up_XF2, expert)
             gate_up_XF2 += gate_up_bias_EF2[expert]
             unit_XF = swiglu(gate_up_XF2, config.swiglu_limit, config.swiglu_alpha)
-            down_XD = self.product(unit_XF, self.expert_weight(f"{name}.down", expert)) + down_bias_ED[expert]
+            down_XD = self.product(unit_XF, self.expert_weight(f"{name}.down", expert))
+            down_XD = self.adapted(f"{name}.down", unit_XF, down_XD, expert) + down_bias_ED[expert]
             out_TD[token_X] += down_XD * expert_weight_TA[token_X, choice_X, None]
         return out_TD
 
@@ -128,6 +138,7 @@ class ReferenceModel:
         """(expert ids, their weights), both [T, A], best first; of equal scores the lower id comes first."""
         name = f"layers.{layer}.router"
         score_TE = normed_TD @ self.bf16(self.checkpoint.tensor(f"{name}.weight")).T
+        score_TE = self.adapted(name, normed_TD, score_TE)
         score_TE = score_TE + self.bf16(self.checkpoint.tensor(f"{name}.bias"))
         expert_id_TA = np.argsort(-score_TE, axis=-1, kind="stable")[:, : self.config.num_active_experts]
         chosen_TA = np.take_along_axis(score_TE, expert_id_TA, axis=-1)
@@ -142,11 +153,23 @@ class ReferenceModel:
 
     def linear(self, x_TK: Array, weight_name: str, bias_name: str | None = None) -> Array:
         out_TN = self.product(x_TK, self.bf16(self.checkpoint.tensor(weight_name)))
+        out_TN = self.adapted(weight_name.removesuffix(".weight"), x_TK, out_TN)
         return out_TN if bias_name is None else out_TN + self.bf16(self.checkpoint.tensor(bias_name))
 
     def product(self, x_TK: Array, weight_NK: Array) -> Array:
         """x @ weight.T. Tests override it to see what rounded activations do to the logits."""
         return np.asarray(x_TK @ weight_NK.T)
+
+    def adapted(self, name: str, x_TK: Array, product_TN: Array, expert: int | None = None) -> Array:
+        """The product with what the adapter adds to it, if it adds anything."""
+        if self.adapter is None or not name.startswith("layers."):
+            return product_TN
+        _, layer, target = name.split(".", 2)
+        pair = self.adapter.layers[int(layer)].get(target)
+        if pair is None:
+            return product_TN
+        delta_NK = pair.delta(expert).astype(self.dtype)
+        return np.asarray(product_TN + x_TK @ delta_NK.T)
 
     def cached(self, key_TGK: Array, value_TGK: Array) -> tuple[Array, Array]:
         """What attention reads back: here the numbers themselves; a runner's cache rounds them to bf16."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ from harmonium.checkpoint.names import EMBEDDING, UNEMBEDDING
 from harmonium.checkpoint.safetensors import Advice
 from harmonium.config import Weights
 from harmonium.kernels.matmul import (
+    ExpertAdapter,
     Int8Weight,
     linear_bf16,
     linear_int8,
@@ -86,9 +87,15 @@ class Experts:
         self.mapped = self._arrays
 
     def __call__(
-        self, x_TD: FloatArray, expert_id_TA: npt.NDArray[np.int32], weight_TA: FloatArray, out_TD: FloatArray
+        self,
+        x_TD: FloatArray,
+        expert_id_TA: npt.NDArray[np.int32],
+        weight_TA: FloatArray,
+        out_TD: FloatArray,
+        adapters: Sequence[ExpertAdapter] | None = None,
+        adapter_T: npt.NDArray[np.int32] | None = None,
     ) -> None:
-        """Adds the weighted sum of the chosen experts to out."""
+        """Adds the weighted sum of the chosen experts to out; what adapters add to them is in it."""
         limit, alpha = self._limits
         if self._is_mxfp4:
             gate_up, gate_up_scales, gate_up_bias, down, down_scales, down_bias = self._arrays
@@ -106,12 +113,14 @@ class Experts:
                 limit,
                 alpha,
                 self._activations,
+                adapters,
+                adapter_T,
             )
         else:
             gate_up, gate_up_bias, down, down_bias = self._arrays
-            moe_bf16(
-                x_TD, expert_id_TA, weight_TA, gate_up, gate_up_bias, down, down_bias, out_TD, limit, alpha
-            )
+            routes = x_TD, expert_id_TA, weight_TA
+            weights = gate_up, gate_up_bias, down, down_bias
+            moe_bf16(*routes, *weights, out_TD, limit, alpha, adapters, adapter_T)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,8 @@
 // AVX2 and FMA kernels: vectors of eight floats.
 #include "ops.h"
 
+#include "low_rank.h"
+
 #include <immintrin.h>
 
 namespace harmonium {
@@ -133,9 +135,11 @@ inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), 
 
 #include "ops_body.h"
 #include "attention_body.h"
+#include "low_rank_body.h"
 
 }  // namespace
 
 const OpsTable kOpsAvx2 = {rms_norm, rotate, narrow, widen, dots, softmax, attend, merge};
+const LowRankTable kLowRankAvx2 = {shrink, expand};
 
 }  // namespace harmonium

@@ -1,6 +1,8 @@
 // AVX-512 kernels: vectors of sixteen floats.
 #include "ops.h"
 
+#include "low_rank.h"
+
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC 12 takes the undefined operand inside its own AVX-512 intrinsics for our mistake (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -119,9 +121,11 @@ inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), 
 
 #include "ops_body.h"
 #include "attention_body.h"
+#include "low_rank_body.h"
 
 }  // namespace
 
 const OpsTable kOpsAvx512 = {rms_norm, rotate, narrow, widen, dots, softmax, attend, merge};
+const LowRankTable kLowRankAvx512 = {shrink, expand};
 
 }  // namespace harmonium

@@ -1,6 +1,8 @@
 // Portable kernels: vectors of four floats by the compiler's vector extension (SSE2 on x86-64, NEON on ARM).
 #include "ops.h"
 
+#include "low_rank.h"
+
 namespace harmonium {
 
 namespace {
@@ -93,9 +95,11 @@ inline void prefetch(const void* p) { __builtin_prefetch(p); }
 
 #include "ops_body.h"
 #include "attention_body.h"
+#include "low_rank_body.h"
 
 }  // namespace
 
 const OpsTable kOpsScalar = {rms_norm, rotate, narrow, widen, dots, softmax, attend, merge};
+const LowRankTable kLowRankScalar = {shrink, expand};
 
 }  // namespace harmonium

@@ -25,8 +25,9 @@ class _Sequence:
 
 
 class Driver:
-    """Sequences by name. Blocks are handed out in a random order; window blocks that no token can see any
-    more are taken back, overwritten with NaN and handed out again.
+    """Sequences by name; one that begins with a digit has that adapter of the runner's. Blocks are handed out
+    in a random order; window blocks that no token can see any more are taken back, overwritten with NaN and
+    handed out again.
     """
 
     def __init__(self, runner: Runner, num_blocks: int = 64, seed: int | None = None) -> None:
@@ -63,6 +64,8 @@ class Driver:
             [np.arange(s.length - n, s.length) for s, n in zip(sequences, lengths, strict=True)]
         )
         num_rows = len(position_T) if rows is None else len(rows)
+        # A name that begins with a digit asks for the runner's adapter of that number.
+        adapter_S = np.array([int(name[0]) if name[:1].isdigit() else -1 for name in parts], np.int32)
         return self.runner.step(
             Batch(
                 token_id_T=np.concatenate(list(parts.values())).astype(np.int32),
@@ -74,6 +77,7 @@ class Driver:
                 logit_row_R=np.arange(num_rows, dtype=np.int32) if rows is None else np.array(rows, np.int32),
                 sampling=(None,) * num_rows if sampling is None else sampling,
                 wants_logits=wants_logits,
+                adapter_S=adapter_S if adapter_S.max() >= 0 else None,
             )
         )
 

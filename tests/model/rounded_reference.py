@@ -39,6 +39,7 @@ class Int8Reference(ReferenceModel):
 
     def linear(self, x_TK: Array, weight_name: str, bias_name: str | None = None) -> Array:
         out_TN = self.product(x_TK, from_int8(quantize_weight(self.checkpoint.tensor(weight_name))))
+        out_TN = self.adapted(weight_name.removesuffix(".weight"), x_TK, out_TN)
         return out_TN if bias_name is None else out_TN + self.bf16(self.checkpoint.tensor(bias_name))
 
     def cached(self, key_TGK: Array, value_TGK: Array) -> tuple[Array, Array]:

@@ -1,0 +1,109 @@
+"""LoRA adapters in a step: low-rank products for the rows of those sequences that ask for one.
+
+Every product of the base model is computed for all rows as ever; then each adapter adds its own to the rows
+of its sequences, from the same inputs in float32. A row without an adapter is not touched, so sequences with
+different adapters and with none share a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from harmonium.checkpoint.lora import LoraAdapter, LowRank
+from harmonium.checkpoint.model_config import ModelConfig
+from harmonium.kernels.matmul import ExpertAdapter, Pair, low_rank
+from harmonium.model.batch import Batch
+
+FloatArray = npt.NDArray[np.float32]
+Rows = npt.NDArray[np.int32]
+
+_QKV = ("attention.q", "attention.k", "attention.v")
+
+
+class AdapterSet:
+    """The adapters that a runner holds; a batch names them by their places here."""
+
+    def __init__(self, adapters: Sequence[LoraAdapter], config: ModelConfig, max_batch_tokens: int) -> None:
+        self.adapters = tuple(adapters)
+        q, kv = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+        self.columns = {"attention.q": 0, "attention.k": q, "attention.v": q + kv}
+        self.experts = [
+            [_expert_adapter(adapter.layers[layer]) for adapter in adapters]
+            for layer in range(config.num_layers)
+        ]
+        num_rows = max_batch_tokens if adapters else 0
+        self.router_extra_TE = np.zeros((num_rows, config.num_experts), np.float32)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory held."""
+        return sum(adapter.nbytes for adapter in self.adapters) + self.router_extra_TE.nbytes
+
+    def in_step(self, batch: Batch) -> StepAdapters | None:
+        """The adapters of this batch; None where no sequence has one, and nothing needs to be done."""
+        if batch.adapter_S is None or batch.adapter_S.max(initial=-1) < 0:
+            return None
+        assert batch.adapter_S.max() < len(self.adapters), "the batch names an adapter that is not there"
+        adapter_T = np.repeat(batch.adapter_S.astype(np.int32), np.diff(batch.query_start_S1))
+        return _step_adapters(self, adapter_T)
+
+
+@dataclass(frozen=True, slots=True)
+class StepAdapters:
+    """The adapters of a step. adapter_T: place of each row's in the set, -1: none. rows: each adapter's."""
+
+    held: AdapterSet
+    adapter_T: Rows
+    rows: Mapping[int, Rows]
+
+    def keep(self, row_R: Rows) -> StepAdapters | None:
+        """For a step that goes on with these rows alone."""
+        adapter_R = self.adapter_T[row_R]
+        return _step_adapters(self.held, adapter_R) if adapter_R.max(initial=-1) >= 0 else None
+
+    def add_qkv(self, layer: int, normed_TD: FloatArray, qkv_TN: FloatArray) -> None:
+        """Add to queries, keys and values, before they are rotated."""
+        for target in _QKV:
+            self._add(layer, target, normed_TD, qkv_TN, self.held.columns[target])
+
+    def add_out(self, layer: int, mixed_TN: FloatArray, hidden_TD: FloatArray) -> None:
+        """Add to what the output projection added."""
+        self._add(layer, "attention.out", mixed_TN, hidden_TD, 0)
+
+    def router_extra(self, layer: int, normed_TD: FloatArray) -> FloatArray | None:
+        """What is added to the router's logits, [T, E]; None: nothing."""
+        if not any("router" in self.held.adapters[index].layers[layer] for index in self.rows):
+            return None
+        extra_TE = self.held.router_extra_TE[: len(normed_TD)]
+        extra_TE.fill(0)
+        self._add(layer, "router", normed_TD, extra_TE, 0)
+        return extra_TE
+
+    def experts(self, layer: int) -> list[ExpertAdapter] | None:
+        """What is added to the experts' products, for each adapter of the set; None: nothing."""
+        adapters = self.held.experts[layer]
+        return adapters if any(adapters[index] != (None, None) for index in self.rows) else None
+
+    def _add(self, layer: int, target: str, x_TK: FloatArray, out_TN: FloatArray, column: int) -> None:
+        for index, row_X in self.rows.items():
+            pair = self.held.adapters[index].layers[layer].get(target)
+            if pair is not None:
+                low_rank(x_TK, row_X, pair.a, pair.b, pair.scale, out_TN, column)
+
+
+def _step_adapters(held: AdapterSet, adapter_T: Rows) -> StepAdapters:
+    present = np.unique(adapter_T[adapter_T >= 0])
+    rows = {int(index): np.flatnonzero(adapter_T == index).astype(np.int32) for index in present}
+    return StepAdapters(held, adapter_T, rows)
+
+
+def _expert_adapter(layer: Mapping[str, LowRank]) -> ExpertAdapter:
+    def pair(target: str) -> Pair | None:
+        found = layer.get(target)
+        return None if found is None else (found.a, found.b, found.scale)
+
+    return pair("experts.gate_up"), pair("experts.down")
