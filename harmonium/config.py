@@ -9,6 +9,7 @@ printed by `harmonium inspect` and logged once at start.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral
@@ -26,10 +27,30 @@ Speculation = Literal["ngram", "off"]
 ISA_NAMES = ("scalar", "avx2", "avx512")
 """Instruction sets with kernels, slowest first."""
 
+MAX_ADAPTERS = 64
+"""Most LoRA adapters of one engine."""
+
+_ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}")
+
 CACHE_BLOCK_TOKENS = 32
 """P: tokens a block of the key/value cache holds."""
 
 MAX_THREADS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSource:
+    """A LoRA adapter to serve: the name that requests give as their model, and its folder."""
+
+    name: str
+    path: Path
+
+    def __post_init__(self) -> None:
+        if not _ADAPTER_NAME.fullmatch(self.name):
+            raise ConfigError(
+                f"adapter name is {self.name[:140]!r}; expected 1 to 128 letters, digits and ._:/@+- "
+                "that begin with a letter or a digit"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +69,7 @@ class EngineConfig:
     prefix_cache: whether sequences share the blocks of a common beginning.
     speculation: "ngram" guesses tokens from text that came before and checks them in one step; "off" does
         not. The answers are the same.
+    lora: adapters that requests may ask for.
     """
 
     weights: Weights = "int8"
@@ -60,6 +82,7 @@ class EngineConfig:
     memory_limit_bytes: int | None = None
     prefix_cache: bool = True
     speculation: Speculation = "ngram"
+    lora: tuple[LoraSource, ...] = ()
 
     def __post_init__(self) -> None:
         if self.weights not in ("int8", "bf16"):
@@ -70,6 +93,7 @@ class EngineConfig:
             raise ConfigError(f"speculation is {self.speculation!r}; expected 'ngram' or 'off'")
         if not isinstance(self.prefix_cache, bool):
             raise ConfigError(f"prefix_cache is {self.prefix_cache!r}; expected True or False")
+        _check_adapters(self.lora)
         _check_range("max_sequences", self.max_sequences, 1, 4096)
         _check_range("max_batch_tokens", self.max_batch_tokens, 1, 65536)
         _check_range("max_queue", self.max_queue, 0, 1_000_000)
@@ -80,6 +104,15 @@ class EngineConfig:
         ):
             if value is not None:
                 _check_range(name, value, 1, high)
+
+
+def _check_adapters(lora: tuple[LoraSource, ...]) -> None:
+    names = [source.name for source in lora]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"two adapters are called {twice!r}; expected a name of its own for each")
+    if len(names) > MAX_ADAPTERS:
+        raise ConfigError(f"there are {len(names):,} adapters; expected at most {MAX_ADAPTERS}")
 
 
 def _check_range(name: str, value: int, low: int, high: int) -> None:

@@ -52,6 +52,10 @@ class InspectReport:
                 "attention": ATTENTION,
                 "reasons": {**resolved.reasons, "attention": ATTENTION_REASON},
             },
+            "adapters": {
+                name: {"path": str(files.path), "bytes": files.nbytes, "max_rank": files.max_rank}
+                for name, files in self.plan.adapters.items()
+            },
             "memory": {**asdict(memory), "total_bytes": memory.total_bytes},
             "fits": self.refusal is None,
             "refusal": self.refusal,
@@ -60,7 +64,7 @@ class InspectReport:
 
     def text(self) -> str:
         """The same for people."""
-        sections = [self._model(), self._run(), memory_table(self.plan.memory)]
+        sections = [self._model(), self._run(), memory_table(self.plan.memory, len(self.plan.adapters))]
         if self.refusal is not None:
             sections.append(f"DOES NOT FIT: {self.refusal}\n")
         sections.append("speed      not measured here; harmonium bench MODEL measures it\n")
@@ -122,7 +126,7 @@ def inspect(path: Path, config: EngineConfig) -> InspectReport:
         plan = plan_engine(path, replace(config, memory_limit_bytes=_NO_LIMIT_BYTES))
         limit_bytes = config.memory_limit_bytes or plan.hardware.memory_available_bytes
         plan = replace(plan, memory=_least(plan.memory, limit_bytes))
-    plan.checkpoint.close()
+    plan.close()
     return InspectReport(plan, refusal)
 
 
@@ -154,7 +158,7 @@ def num_parameters(checkpoint: Checkpoint) -> tuple[int, int]:
     return total, active
 
 
-def memory_table(memory: MemoryPlan) -> str:
+def memory_table(memory: MemoryPlan, num_adapters: int = 0) -> str:
     """The plan, a line for each part."""
     tokens = CACHE_BLOCK_TOKENS
     rows = [
@@ -171,6 +175,8 @@ def memory_table(memory: MemoryPlan) -> str:
         ("process", memory.process_bytes, "what is there without a model"),
         ("total", memory.total_bytes, f"of {_size(memory.limit_bytes).strip()} that this process may use"),
     ]
+    if num_adapters:
+        rows.insert(3, ("adapters", memory.adapter_bytes, f"{num_adapters}, with what a step needs for them"))
     lines = [f"  {name:<14} {_size(size)}  {remark}".rstrip() for name, size, remark in rows]
     return "\n".join(["memory", *lines]) + "\n"
 

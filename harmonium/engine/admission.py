@@ -9,9 +9,10 @@ from harmonium.errors import PromptTooLong, RequestError
 def check_request(request: Request, info: EngineInfo) -> None:
     """Refuse a request that could never be served.
 
-    Raises PromptTooLong when prompt plus one token exceed the context, RequestError for an empty prompt and
-    for token ids outside the vocabulary.
+    Raises PromptTooLong when prompt plus one token exceed the context, RequestError for an empty prompt, for
+    token ids outside the vocabulary and for an adapter that is not there.
     """
+    check_adapter(request.adapter, info)
     num_prompt = len(request.token_ids)
     if num_prompt == 0:
         raise RequestError("the prompt is empty; expected at least one token")
@@ -26,6 +27,13 @@ def check_request(request: Request, info: EngineInfo) -> None:
             raise RequestError(
                 f"logit_bias names token {token_id:,}; the vocabulary has {info.vocabulary_size:,}"
             )
+
+
+def check_adapter(name: str | None, info: EngineInfo) -> None:
+    """Raises RequestError for an adapter that the engine does not have."""
+    if name is not None and name not in info.adapters:
+        there = ", ".join(info.adapters) or "none"
+        raise RequestError(f"there is no adapter {name[:200]!r}; there is {there}")
 
 
 def check_token_ids(token_ids: tuple[int, ...], vocabulary_size: int, name: str) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harmonium.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from harmonium.checkpoint.lora import LoraFiles, open_lora
+from harmonium.checkpoint.model_config import ModelConfig
 from harmonium.config import EngineConfig, Hardware, Resolved, environment_config, probe_hardware, resolve
+from harmonium.engine.adapters import ServedAdapter
 from harmonium.engine.local import LocalEngine
-from harmonium.errors import MemoryPlanError
+from harmonium.errors import CheckpointError, ConfigError, MemoryPlanError
 from harmonium.kernels.runtime import configure, supported_isa
-from harmonium.model.memory import MemoryPlan, plan_memory
+from harmonium.model.memory import MemoryPlan, adapter_bytes, plan_memory
 from harmonium.model.native import NativeRunner
 
 _log = logging.getLogger("harmonium.engine")
@@ -25,13 +29,21 @@ Progress = Callable[[int, int], None]
 class EnginePlan:
     """All that is decided before a weight is read; what `harmonium inspect` prints.
 
-    checkpoint: open, headers checked; whoever holds the plan closes it, or hands it to a runner.
+    checkpoint: open, headers checked; whoever holds the plan closes it, or hands it to a runner. adapters:
+    the same of LoRA adapters, by their names.
     """
 
     checkpoint: Checkpoint
     hardware: Hardware
     resolved: Resolved
     memory: MemoryPlan
+    adapters: dict[str, LoraFiles]
+
+    def close(self) -> None:
+        """Let go of the files. A second call does nothing."""
+        self.checkpoint.close()
+        for files in self.adapters.values():
+            files.close()
 
 
 def plan_engine(path: str | Path, config: EngineConfig | None = None) -> EnginePlan:
@@ -40,26 +52,43 @@ def plan_engine(path: str | Path, config: EngineConfig | None = None) -> EngineP
     Instruction set and threads that config leaves open come from the environment, if it names them.
 
     Raises ConfigError (no such path, a setting that the machine or the model cannot have), MemoryPlanError
-    with the numbers and what to change, CheckpointError.
+    with the numbers and what to change, CheckpointError. What is wrong with an adapter begins with its name.
     """
     config = config or EngineConfig()
     unset = {name: value for name, value in environment_config().items() if getattr(config, name) is None}
     config = replace(config, **unset)  # type: ignore[arg-type]  # each value was checked for its name
     hardware = probe_hardware(supported_isa())
     resolved = resolve(config, hardware)
-    checkpoint = open_checkpoint(path)
-    try:
+    with ExitStack() as stack:
+        checkpoint = stack.enter_context(open_checkpoint(path))
+        adapters = _open_adapters(config, checkpoint.config, stack)
         memory = plan_memory(
             checkpoint.config,
             checkpoint.expert_format,
             config,
             resolved.memory_limit_bytes,
             resolved.threads,
+            adapter_bytes(checkpoint.config, adapters.values(), config.max_batch_tokens),
         )
-    except BaseException:
-        checkpoint.close()
-        raise
-    return EnginePlan(checkpoint, hardware, resolved, memory)
+        stack.pop_all()
+    return EnginePlan(checkpoint, hardware, resolved, memory, adapters)
+
+
+def _open_adapters(config: EngineConfig, model: ModelConfig, stack: ExitStack) -> dict[str, LoraFiles]:
+    adapters: dict[str, LoraFiles] = {}
+    for source in config.lora:
+        with _naming(source.name):
+            adapters[source.name] = stack.enter_context(open_lora(source.path, model))
+    return adapters
+
+
+@contextmanager
+def _naming(adapter: str) -> Iterator[None]:
+    """Say which adapter it is that cannot be had."""
+    try:
+        yield
+    except (CheckpointError, ConfigError) as error:
+        raise type(error)(f"adapter {adapter!r}: {error}") from None
 
 
 def create_engine(
@@ -79,22 +108,28 @@ def create_engine(
     memory, resolved = plan.memory, plan.resolved
     try:
         configure(resolved.isa, resolved.threads, plan.hardware.cores)
+        loaded = []
+        for name, files in plan.adapters.items():
+            with _naming(name), files:
+                loaded.append(files.load())
         runner = NativeRunner(
             plan.checkpoint,
             weights=resolved.config.weights,
             max_batch_tokens=resolved.config.max_batch_tokens,
             progress=progress,
+            adapters=loaded,
         )
         runner.allocate_cache(memory.num_full_blocks, memory.num_window_blocks)
     except MemoryError as error:
-        plan.checkpoint.close()
+        plan.close()
         raise MemoryPlanError(
             f"the machine did not give the {memory.total_bytes:,} bytes that the plan needs ({error}); "
             "expected that much to be available"
         ) from error
     except BaseException:
-        plan.checkpoint.close()
+        plan.close()
         raise
+    served = enumerate(zip(plan.adapters, loaded, strict=True))
     return LocalEngine(
         runner,
         model_name=model_name or plan.checkpoint.path.resolve().name,
@@ -102,6 +137,7 @@ def create_engine(
         num_full_blocks=memory.num_full_blocks,
         num_window_blocks=memory.num_window_blocks,
         config=resolved.config,
+        adapters=[ServedAdapter(name, index, adapter.digest) for index, (name, adapter) in served],
     )
 
 

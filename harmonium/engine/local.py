@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections.abc import AsyncGenerator
+from collections.abc import Sequence as Sequence_
 from contextlib import aclosing
 
 import numpy as np
@@ -12,7 +13,8 @@ import numpy.typing as npt
 
 from harmonium.checkpoint.model_config import ModelConfig
 from harmonium.config import CACHE_BLOCK_TOKENS, EngineConfig
-from harmonium.engine.admission import check_request, check_token_ids
+from harmonium.engine.adapters import AdapterTable, ServedAdapter
+from harmonium.engine.admission import check_adapter, check_request, check_token_ids
 from harmonium.engine.blocks import PagedCache
 from harmonium.engine.drafts import PromptLookup, decode_cost
 from harmonium.engine.protocol import EngineInfo, Request, Token, TokenEvent
@@ -44,11 +46,13 @@ class LocalEngine:
         num_full_blocks: int,
         num_window_blocks: int,
         config: EngineConfig | None = None,
+        adapters: Sequence_[ServedAdapter] = (),
     ) -> None:
         """Take over a runner whose cache is allocated with these numbers of blocks; `close` closes it.
 
         context_length: prompt plus answer, in tokens. config: max_sequences, max_batch_tokens (cut to the
-        runner's), max_queue, prefix_cache and speculation are read; None: the defaults.
+        runner's), max_queue, prefix_cache and speculation are read; None: the defaults. adapters: those that
+        the runner holds, and what requests call them.
 
         Raises ConfigError when the cache could not hold one sequence of context_length tokens.
         """
@@ -61,7 +65,10 @@ class LocalEngine:
             PromptLookup() if config.speculation == "ngram" else None,
             decode_cost(runner.config),
         )
-        self._info = EngineInfo(model_name, context_length, runner.config.vocabulary_size, engine="local")
+        self._adapters = AdapterTable(adapters)
+        self._info = EngineInfo(
+            model_name, context_length, runner.config.vocabulary_size, "local", self._adapters.names
+        )
         self._worker = Worker(scheduler, runner, config.max_sequences + config.max_queue)
         self._finalizer = weakref.finalize(self, _shut_down, self._worker)
 
@@ -91,7 +98,8 @@ class LocalEngine:
         that is slower than the model gets several tokens in an event.
         """
         check_request(request, self._info)
-        sequence = Sequence(request, self._info.context_length)
+        adapter = self._adapters.of(request)
+        sequence = Sequence(request, self._info.context_length, adapter=adapter)
         async with aclosing(self._events(sequence)) as events:
             async for event in events:
                 yield event
@@ -108,28 +116,32 @@ class LocalEngine:
         finally:
             self._worker.abort(sequence)
 
-    async def logits(self, token_ids: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    async def logits(self, token_ids: tuple[int, ...], adapter: str | None = None) -> npt.NDArray[np.float32]:
         """Logits after each of T tokens, float32 [T, V]; nothing is sampled and no cached prefix is used.
 
-        Waits its turn among the other requests. The result takes 4 * T * V bytes.
+        Waits its turn among the other requests. The result takes 4 * T * V bytes. adapter: the LoRA adapter
+        to compute with.
 
         Raises PromptTooLong for more than context_length tokens, RequestError for none or one outside the
-        vocabulary, EngineBusy, EngineClosed, EngineError.
+        vocabulary and for an adapter that is not there, EngineBusy, EngineClosed, EngineError.
         """
         pieces: list[npt.NDArray[np.float32]] = []
-        await self._read_logits(token_ids, pieces)
+        await self._read_logits(token_ids, pieces, adapter)
         return np.concatenate(pieces)
 
-    async def score(self, token_ids: tuple[int, ...], num_top: int) -> tuple[Token, ...]:
+    async def score(
+        self, token_ids: tuple[int, ...], num_top: int, adapter: str | None = None
+    ) -> tuple[Token, ...]:
         """As PromptScorer says: float32 log-softmax of the logits, at most 16 rows of which exist at a time.
 
         Raises what `logits` raises.
         """
         scores = PromptScores(token_ids, num_top)
-        await self._read_logits(token_ids, scores)
+        await self._read_logits(token_ids, scores, adapter)
         return scores.tokens
 
-    async def _read_logits(self, token_ids: tuple[int, ...], sink: LogitsSink) -> None:
+    async def _read_logits(self, token_ids: tuple[int, ...], sink: LogitsSink, adapter: str | None) -> None:
+        check_adapter(adapter, self._info)
         if not token_ids:
             raise RequestError("token_ids is empty; expected at least one token")
         if len(token_ids) > self._info.context_length:
@@ -137,8 +149,9 @@ class LocalEngine:
                 f"token_ids has {len(token_ids):,} tokens; the context is {self._info.context_length:,}"
             )
         check_token_ids(token_ids, self._info.vocabulary_size, "token_ids")
-        request = Request("logits", token_ids)
-        sequence = Sequence(request, self._info.context_length, LOGITS_CHUNK_TOKENS, sink)
+        request = Request("logits", token_ids, adapter=adapter)
+        served = self._adapters.of(request)
+        sequence = Sequence(request, self._info.context_length, LOGITS_CHUNK_TOKENS, sink, served)
         async with aclosing(self._events(sequence)) as events:
             async for event in events:
                 if event.finish_reason == "error":

@@ -16,13 +16,15 @@ FinishReason = Literal["stop", "length", "aborted", "error"]
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
     """model_name: what to call it. context_length: prompt plus answer, in tokens. vocabulary_size: ids are
-    below it. engine: which one it is ("local", "scripted").
+    below it. engine: which one it is ("local", "scripted"). adapters: names of the LoRA adapters that a
+    request may ask for.
     """
 
     model_name: str
     context_length: int
     vocabulary_size: int
     engine: str
+    adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,8 @@ class Request:
     these are <|return|> and <|call|>. max_tokens None: until the context is full. cache_salt: sequences share
     cached prefixes only with the same salt. constraint: which tokens may come; None: any. Tokens that it
     forces are appended without sampling (log-probability 0: there was no other), and the answer ends with
-    "stop" when it is complete.
+    "stop" when it is complete. adapter: the LoRA adapter to compute with, by its name; None: the model as it
+    is.
     """
 
     request_id: str
@@ -42,6 +45,7 @@ class Request:
     stop_token_ids: frozenset[int] = frozenset()
     cache_salt: str = ""
     constraint: Constraint | None = None
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +100,12 @@ class Engine(Protocol):
 class PromptScorer(Protocol):
     """An engine that also says how likely a prompt's own tokens are; evaluation tools ask for it."""
 
-    async def score(self, token_ids: tuple[int, ...], num_top: int) -> tuple[Token, ...]:
+    async def score(
+        self, token_ids: tuple[int, ...], num_top: int, adapter: str | None = None
+    ) -> tuple[Token, ...]:
         """Each token with its log-probability after those before it, and the num_top likeliest in its place.
 
-        The first token has none (logprob None). Raises what `Engine.admit` raises, and EngineError.
+        adapter: the LoRA adapter to compute with. The first token has none (logprob None). Raises what
+        `Engine.admit` raises, and EngineError.
         """
         ...

@@ -181,7 +181,7 @@ class Scheduler:
             return None, True  # nothing was given back since it last found no room
         lease = self.cache.open(
             sequence.token_ids,
-            sequence.request.cache_salt,
+            sequence.cache_key,
             sequence.num_prompt,
             reserve=len(self.running),  # a block for each that runs: or the newcomer would soon be preempted
             reuses=sequence.returned_logits is None,
@@ -272,6 +272,7 @@ def build_batch(chunks: list[Chunk], cache: PagedCache) -> Batch:
             logit_row.extend(range(undrafted - 1, end))
             sampling.extend(sequence.row_sampling(chunk.draft[:i]) for i in range(len(chunk.draft) + 1))
     width = -(-int((start + num_tokens).max()) // cache.block_tokens)
+    adapter = np.array([chunk.sequence.adapter_index for chunk in chunks], np.int32)
     return Batch(
         token_id_T=token_id,
         position_T=np.arange(len(token_id), dtype=np.int32) + np.repeat(start - query_start[:-1], num_tokens),
@@ -282,4 +283,5 @@ def build_batch(chunks: list[Chunk], cache: PagedCache) -> Batch:
         logit_row_R=np.array(logit_row, np.int32),
         sampling=tuple(sampling),
         wants_logits=any(chunk.sequence.returned_logits is not None for chunk in chunks),
+        adapter_S=adapter if adapter.max() >= 0 else None,
     )

@@ -120,9 +120,11 @@ class ScriptedEngine:
             self._running -= 1
             self.finished.append(ended)
 
-    async def score(self, token_ids: tuple[int, ...], num_top: int) -> tuple[Token, ...]:
+    async def score(
+        self, token_ids: tuple[int, ...], num_top: int, adapter: str | None = None
+    ) -> tuple[Token, ...]:
         """As PromptScorer says; every token was certain. Raises PromptTooLong, RequestError, EngineClosed."""
-        check_request(Request("score", token_ids), self._info)
+        check_request(Request("score", token_ids, adapter=adapter), self._info)
         if self._closing.is_set():
             raise EngineClosed("the engine is closed")
         first = Token(token_ids[0])

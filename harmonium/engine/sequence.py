@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from harmonium.engine.adapters import ServedAdapter, cache_key
 from harmonium.engine.blocks import Lease
 from harmonium.engine.constraint import ConstraintState
 from harmonium.engine.drafts import DraftBudget
@@ -95,13 +96,14 @@ class Sequence:
     blocked_at: the pool's release count when it last found no room (see Scheduler). chunk_limit: most tokens
     that one step computes of it. returned_logits: None, or what takes float32 [t, V] pieces, all its
     positions' logits; nothing is sampled then. error: what its constraint raised, which ended it.
-    drafts: how many of its next tokens may be guessed.
+    drafts: how many of its next tokens may be guessed. adapter_index: the runner's place of its LoRA adapter,
+    -1: none. cache_key: it shares cached prefixes with those of the same key.
     """
 
     __slots__ = (
-        "_constraint", "_counts", "_masks", "_prompt_token_ids", "_token_ids", "blocked_at", "chunk_limit",
-        "drafts", "error", "lease", "max_total", "num_cached_tokens", "num_prompt", "num_tokens", "request",
-        "returned_logits", "seed",
+        "_constraint", "_counts", "_masks", "_prompt_token_ids", "_token_ids", "adapter_index", "blocked_at",
+        "cache_key", "chunk_limit", "drafts", "error", "lease", "max_total", "num_cached_tokens",
+        "num_prompt", "num_tokens", "request", "returned_logits", "seed",
     )  # fmt: skip
 
     def __init__(
@@ -110,8 +112,11 @@ class Sequence:
         context_length: int,
         logits_chunk: int = 0,
         logits_sink: LogitsSink | None = None,
+        adapter: ServedAdapter | None = None,
     ) -> None:
         self.request = request
+        self.adapter_index = -1 if adapter is None else adapter.index
+        self.cache_key = cache_key(adapter, request.cache_salt)
         params = request.sampling
         self.seed = params.seed if params.seed is not None else secrets.randbits(64)
         self.num_prompt = self.num_tokens = len(request.token_ids)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from harmonium.checkpoint.model_config import LayerKind, ModelConfig
 from harmonium.config import CACHE_BLOCK_TOKENS, EngineConfig, Weights
@@ -41,6 +42,7 @@ class MemoryPlan:
     expert_bytes: mapped, used where it lies in the files. dense_bytes: qkv, out and unembedding as `weights`
     holds them, and the small tensors. embedding_bytes: pages of the embedding that are mapped at a time.
     process_bytes: everything that is there without a model. limit_bytes: what the process may use.
+    adapter_bytes: LoRA adapters, and what a step needs for them.
     """
 
     context_length: int
@@ -54,6 +56,7 @@ class MemoryPlan:
     scratch_bytes: int
     process_bytes: int
     limit_bytes: int
+    adapter_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -65,6 +68,7 @@ class MemoryPlan:
             + self.window_cache_bytes
             + self.scratch_bytes
             + self.process_bytes
+            + self.adapter_bytes
         )
 
 
@@ -74,11 +78,13 @@ def plan_memory(
     engine_config: EngineConfig,
     memory_limit_bytes: int,
     threads: int = 1,
+    adapter_bytes: int = 0,
 ) -> MemoryPlan:
     """Settle the context length and the cache, and count the bytes. Pure.
 
-    expert_format: "mxfp4" or "bf16". Raises ConfigError for a context longer than the model's,
-    MemoryPlanError for a plan that does not fit (it says what is needed, what there is, and what to change).
+    expert_format: "mxfp4" or "bf16". adapter_bytes: see the function of that name. Raises ConfigError for a
+    context longer than the model's, MemoryPlanError for a plan that does not fit (it says what is needed,
+    what there is, and what to change).
     """
     wanted = engine_config.context_length
     if wanted is not None and wanted > config.max_context:
@@ -86,7 +92,7 @@ def plan_memory(
             f"context_length is {wanted:,}; this model's longest context is {config.max_context:,}"
         )
     longest = min(AUTO_CONTEXT_TOKENS, config.max_context) if wanted is None else wanted
-    planner = _Planner(config, expert_format, engine_config, memory_limit_bytes, threads)
+    planner = _Planner(config, expert_format, engine_config, memory_limit_bytes, threads, adapter_bytes)
     plan = planner.plan(longest)
     if plan.total_bytes <= memory_limit_bytes:
         return plan
@@ -131,6 +137,25 @@ def expert_bytes(config: ModelConfig, expert_format: str) -> int:
     return weights * 2 if expert_format == "bf16" else weights // 32 * 17
 
 
+class SizedAdapter(Protocol):
+    """What the plan must know of a LoRA adapter."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def max_rank(self) -> int: ...
+
+
+def adapter_bytes(config: ModelConfig, adapters: Collection[SizedAdapter], max_batch_tokens: int) -> int:
+    """The adapters, and for each token of a step its inner products with them and what its router gets."""
+    if not adapters:
+        return 0
+    rank = max(adapter.max_rank for adapter in adapters)
+    row = config.num_active_experts * rank + config.num_experts
+    return sum(adapter.nbytes for adapter in adapters) + 4 * max_batch_tokens * row
+
+
 def step_scratch_bytes(config: ModelConfig, max_batch_tokens: int) -> int:
     """What NativeRunner takes for a step: hidden and normed rows, qkv, mixed heads, routes, logits."""
     HK = config.num_heads * config.head_size
@@ -169,6 +194,7 @@ class _Planner:
     engine: EngineConfig
     limit_bytes: int
     threads: int
+    adapter_bytes: int
 
     def plan(self, context_length: int) -> MemoryPlan:
         """The plan for this context; its cache takes what is wanted, what is affordable, or one context."""
@@ -189,6 +215,7 @@ class _Planner:
             scratch_bytes=step_scratch_bytes(config, step) + kernels,
             process_bytes=PROCESS_BYTES,
             limit_bytes=self.limit_bytes,
+            adapter_bytes=self.adapter_bytes,
         )
         one_context = math.ceil(context_length / CACHE_BLOCK_TOKENS)
         wanted = one_context * min(self.engine.max_sequences, SHARED_CONTEXTS)
@@ -246,10 +273,12 @@ def _refusal(plan: MemoryPlan, planner: _Planner) -> str:
         advice.append("fewer tokens in a step")
     if engine.weights == "bf16" and fits(weights="int8"):
         advice.append("weights int8")
+    if plan.adapter_bytes and plan.total_bytes - plan.adapter_bytes <= plan.limit_bytes:
+        advice.append(f"fewer adapters (they take {_gb(plan.adapter_bytes)})")
     remedy = "no setting makes it fit: it needs more memory"
     if advice:
         remedy = "would fit: " + ", or ".join(advice)
-    weights = plan.expert_bytes + plan.dense_bytes + plan.embedding_bytes
+    weights = plan.expert_bytes + plan.dense_bytes + plan.embedding_bytes + plan.adapter_bytes
     cache = plan.full_cache_bytes + plan.window_cache_bytes
     return (
         f"the model needs {_gb(plan.total_bytes)} and this process may use {_gb(plan.limit_bytes)} "

@@ -70,9 +70,11 @@ def _attend(keys: Words, first: int, start: int, window: int) -> Words:
     return _mix(sums[query + 1] - sums[left])
 
 
-def _first_keys(token_ids: npt.NDArray[np.int32], start: int) -> Words:
+def _first_keys(token_ids: npt.NDArray[np.int32], start: int, adapter: int) -> Words:
+    """An adapter makes other keys of the same tokens."""
     positions = np.arange(start, start + len(token_ids), dtype=np.uint64)
-    return _mix(token_ids.astype(np.uint64) * np.uint64(1_000_003) + positions)
+    keys = token_ids.astype(np.uint64) * np.uint64(1_000_003) + positions
+    return _mix(keys + np.uint64(1_000_000_007 * (adapter + 1)))
 
 
 def _choose(hidden: int, row: RowSampling) -> int:
@@ -132,9 +134,9 @@ class FakeRunner:
             rows = slice(int(batch.query_start_S1[s]), int(batch.query_start_S1[s + 1]))
             start = int(batch.context_length_S[s]) - (rows.stop - rows.start)
             assert (batch.position_T[rows] == np.arange(start, batch.context_length_S[s])).all()
-            hidden[rows] = self._layers(
-                batch.token_id_T[rows], start, batch.full_block_SB[s], batch.window_block_SB[s]
-            )
+            adapter = -1 if batch.adapter_S is None else int(batch.adapter_S[s])
+            tables = batch.full_block_SB[s], batch.window_block_SB[s]
+            hidden[rows] = self._layers(batch.token_id_T[rows], start, *tables, adapter)
         assert len(batch.logit_row_R) == len(batch.sampling)
         tokens = tuple(
             None if row is None else SampledToken(_choose(int(hidden[i]), row), *_logprobs(row))
@@ -157,10 +159,12 @@ class FakeRunner:
                 written += table[s, start // P : -(-int(length) // P)].tolist()
             assert len(set(written)) == len(written) and min(written) >= 0
 
-    def _layers(self, token_ids: npt.NDArray[np.int32], start: int, full: Table, windowed: Table) -> Words:
+    def _layers(
+        self, token_ids: npt.NDArray[np.int32], start: int, full: Table, windowed: Table, adapter: int
+    ) -> Words:
         window, end = self.config.window, start + len(token_ids)
         first = max(0, start - window + 1)
-        keys = _first_keys(token_ids, start)
+        keys = _first_keys(token_ids, start, adapter)
         self._write(self._window, windowed, start, 1, keys)
         hidden = _attend(self._read(self._window, windowed, first, end, 1), first, start, window)
         self._write(self._full, full, start, 1, hidden)
@@ -193,9 +197,9 @@ def _logprobs(row: RowSampling) -> tuple[float | None, tuple[tuple[int, float], 
     return -0.5, tuple((i, -0.5 - i) for i in range(row.params.logprobs))
 
 
-def last_hidden(token_ids: Sequence[int], window: int = 40) -> Words:
+def last_hidden(token_ids: Sequence[int], window: int = 40, adapter: int = -1) -> Words:
     """What the fake model computes at each position, without any cache."""
-    keys = _first_keys(np.array(token_ids, np.int32), 0)
+    keys = _first_keys(np.array(token_ids, np.int32), 0, adapter)
     hidden = _attend(keys, 0, 0, window)
     hidden = _attend(hidden, 0, 0, 0)
     return _attend(hidden, 0, 0, window)
@@ -206,11 +210,12 @@ def expected_answer(
     num_tokens: int,
     window: int = 40,
     sampling: Callable[[list[int]], RowSampling] | None = None,
+    adapter: int = -1,
 ) -> list[int]:
     """The answer of num_tokens tokens; sampling gives the row's settings after the tokens so far (None:
     greedy)."""
     tokens = list(prompt)
     for _ in range(num_tokens):
         row = sampling(tokens) if sampling is not None else RowSampling(GREEDY, 0.0)
-        tokens.append(_choose(int(last_hidden(tokens, window)[-1]), row))
+        tokens.append(_choose(int(last_hidden(tokens, window, adapter)[-1]), row))
     return tokens[len(prompt) :]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from harmonium.config import EngineConfig
 from harmonium.engine import LocalEngine, Request, TokenEvent
+from harmonium.engine.adapters import ServedAdapter
 from harmonium.model.batch import SamplingParams
 from tests.engine.fake_runner import FakeRunner
 
@@ -23,6 +24,7 @@ def make_engine(
     max_queue: int = 256,
     prefix_cache: bool = True,
     speculation: str = "ngram",
+    adapters: Sequence[str] = (),
 ) -> LocalEngine:
     runner = runner or FakeRunner()
     runner.allocate_cache(num_full_blocks, num_window_blocks)
@@ -39,6 +41,7 @@ def make_engine(
             prefix_cache=prefix_cache,
             speculation=speculation,  # type: ignore[arg-type]
         ),
+        adapters=[ServedAdapter(name, index, f"digest of {name}") for index, name in enumerate(adapters)],
     )
 
 
