@@ -22,7 +22,7 @@ def call(name: str, arguments: object, thought: str = "I need the tool.") -> str
     """A turn that thinks and calls a tool."""
     return (
         f"<|channel|>analysis<|message|>{thought}<|end|><|start|>assistant<|channel|>commentary "
-        f"to=functions.{name} <|constrain|>json<|message|>{json.dumps(arguments)}<|call|>"
+        f"to=functions.{name} <|constrain|>json<|message|>{json.dumps(arguments, ensure_ascii=False)}<|call|>"
     )
 
 
