@@ -1,4 +1,4 @@
-"""The real Claude Code against POST /v1/messages: it writes and edits files, goes on with a session, tells errors.
+"""The real Claude Code against POST /v1/messages: it writes and edits files, resumes a session, tells errors.
 
 `tests/clients/install FOLDER claude` fetches the program (186 MB); without it the tests are skipped. The
 script's tokens are checked by the grammar of its own requests.

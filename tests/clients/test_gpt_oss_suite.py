@@ -1,7 +1,7 @@
 """The compatibility test of openai/gpt-oss as it is, against `harmonium serve` with a script for its cases.
 
-`tests/clients/install FOLDER gpt-oss` fetches it; without it the tests are skipped. Its streamed run is made for
-Chat Completions alone: with Responses it reads `providerData` of a streamed answer, which the release of
+`tests/clients/install FOLDER gpt-oss` fetches it; without it the tests are skipped. Its streamed run is made
+for Chat Completions alone: with Responses it reads `providerData` of a streamed answer, which the release of
 @openai/agents that its lock file names leaves out, so that no server can pass. test_tool_arguments.py covers
 that combination with the Python SDK.
 """
