@@ -61,6 +61,8 @@ _ROLE = re.compile(r"(?:assistant)+$")
 _GLUED = re.compile(r"((?:assistant)+|analysis|commentary|final)(to=.*)", re.DOTALL)
 _TYPE_WORD = re.compile(r"[A-Za-z][A-Za-z0-9_./+-]*$")
 _GLUED_TO_NAME = re.compile(r"^(?:functions\.)+|(?:commentary|analysis|final|json|code)$")
+# What a stream that breaks off leaves of ` to=RECIPIENT`; no one-word message of the model's.
+_RECIPIENT_BEGUN = re.compile(r"to=?\s*$")
 _NO_RECIPIENT = ("all", "user", "assistant")
 
 
@@ -132,6 +134,8 @@ class HeaderReader:
             header.body = text[match.end() :]
         else:
             self._read_open_role(header, text)
+        if closed_by is None and _RECIPIENT_BEGUN.match(header.body):
+            header.body = ""
         return header
 
     def _read_open_channel(self, header: Header, text: str, closed_by: int | None) -> None:

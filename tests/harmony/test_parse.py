@@ -229,8 +229,12 @@ def test_final_alone_is_content(tokens: Tokens) -> None:
 
 
 @pytest.mark.parametrize(
-    "header", ["", "<|channel|>", "<|channel|>fin", "<|channel|>commentary to=functions.ge"]
-)
+    "header",
+    [
+        "", "<|channel|>", "<|channel|>fin", "<|channel|>commentary to", "<|channel|>analysis to=", " to",
+        "<|channel|>commentary to=functions.ge", "<|channel|>commentary to=functions.get <|constrain|>js",
+    ],
+)  # fmt: skip
 def test_stream_that_ends_in_a_header_says_so(tokens: Tokens, header: str) -> None:
     turn = parse(tokens(f"<|channel|>analysis<|message|>ok<|end|><|start|>assistant{header}"), "length")
     assert (turn.reasoning, turn.content, turn.tool_calls, turn.stopped_by) == ("ok", "", [], "length")
