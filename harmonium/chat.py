@@ -57,8 +57,9 @@ class ChatRequest:
     of the answer. cache_salt: turns share cached prefixes only with the same salt. request_id: names the
     turn; ids of its tool calls derive from it. stop: texts that end the turn when a message for the user
     holds one; neither it nor what follows is shown. Reasoning and calls are not looked at. grammar: what the
-    turn has to keep to beside the conversation's tools; None: the model writes what it likes. Raises
-    RequestError for an empty stop text, and for sampling.ignore_stop: what comes after a turn is no chat.
+    turn has to keep to beside the conversation's tools; None: the model writes what it likes. adapter: the
+    LoRA adapter that writes it, by its name in the engine; None: the model as it is. Raises RequestError for
+    an empty stop text, and for sampling.ignore_stop: what comes after a turn is no chat.
     """
 
     conversation: Conversation
@@ -68,6 +69,7 @@ class ChatRequest:
     request_id: str = field(default_factory=_new_id)
     stop: tuple[str, ...] = ()
     grammar: TurnRules | None = field(default_factory=TurnRules)
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         if not all(self.stop):
@@ -121,6 +123,7 @@ def _prepare(request: ChatRequest) -> tuple[Request, tuple[str, ...]]:
         stop_token_ids=(STOP_TOKEN_IDS if turn is None else turn.stop_token_ids) | request.stop_token_ids,
         cache_salt=request.cache_salt,
         constraint=turn,
+        adapter=request.adapter,
     )
     return engine_request, () if turn is None else tuple(map(str, turn.warnings))
 

@@ -36,7 +36,8 @@ class ChatSession:
     """A conversation that grows. Changed by `record`, `load` and `command` alone.
 
     messages: the user's and the model's, oldest first; a turn's tokens are replayed as the model wrote them.
-    uses_grammar: turns are legal Harmony whatever the model would rather write.
+    uses_grammar: turns are legal Harmony whatever the model would rather write. adapter: the LoRA adapter
+    that answers; None: the model as it is.
     """
 
     sampling: SamplingParams
@@ -46,6 +47,7 @@ class ChatSession:
     messages: tuple[Message, ...] = ()
     shows_reasoning: bool = False
     uses_grammar: bool = True
+    adapter: str | None = None
     has_quit: bool = False
     last_reasoning: str = field(default="", repr=False)
 
@@ -57,7 +59,8 @@ class ChatSession:
             reasoning_effort=self.effort,
             current_date=self.current_date,
         )
-        return ChatRequest(conversation, self.sampling, grammar=TurnRules() if self.uses_grammar else None)
+        rules = TurnRules() if self.uses_grammar else None
+        return ChatRequest(conversation, self.sampling, grammar=rules, adapter=self.adapter)
 
     def record(self, text: str, result: ChatResult) -> None:
         """Remember the user's text and what the model answered, a stopped answer as far as it came."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from harmonium.errors import ConfigError, HarmoniumError
-from harmonium.options import DEFAULT_EFFORT, engine_config, parse
+from harmonium.options import DEFAULT_EFFORT, engine_config, lora_source, parse
 
 if TYPE_CHECKING:
     from harmonium.chat_session import ChatSession
@@ -115,15 +115,15 @@ def run_generate(arguments: argparse.Namespace) -> int:
     """`harmonium generate`."""
     from harmonium.continuation import checked_prompt, generate, logprob_table, read_prompt
 
-    sampling = _sampling(arguments, logprobs=arguments.logprobs)
+    sampling, adapter = _sampling(arguments, logprobs=arguments.logprobs), _adapter(arguments)
     name, token_ids = read_prompt(arguments.prompt, arguments.tokens)
     engine = _engine(arguments)
 
     async def run() -> None:
         prompt = checked_prompt(name, token_ids, engine.info.vocabulary_size)
-        result = await generate(engine, prompt, sampling, None if arguments.json else sys.stdout)
+        result = await generate(engine, prompt, sampling, None if arguments.json else sys.stdout, adapter)
         if arguments.json:
-            _print_json({"model": engine.info.model_name, **result.to_json()})
+            _print_json({"model": adapter or engine.info.model_name, **result.to_json()})
             return
         print()
         if arguments.logprobs is not None:
@@ -145,6 +145,7 @@ def run_chat(arguments: argparse.Namespace) -> int:
         instructions=arguments.system,
         effort=arguments.effort or DEFAULT_EFFORT,
         uses_grammar=not arguments.no_grammar,
+        adapter=_adapter(arguments),
     )
     if arguments.load is not None:
         session.load(arguments.load, instructions=arguments.system, effort=arguments.effort)
@@ -183,7 +184,7 @@ def _ask(arguments: argparse.Namespace, session: ChatSession) -> int:
             reasoning=Screen(sys.stderr) if shows_reasoning else None,
         )
         if arguments.json:
-            _print_json(result_json(result, engine.info.model_name))
+            _print_json(result_json(result, session.adapter or engine.info.model_name))
         elif (remark := note(result)) is not None:
             complain(remark, 0)
 
@@ -242,6 +243,15 @@ def _sampling(arguments: argparse.Namespace, logprobs: int | None = None) -> Sam
         max_tokens=arguments.max_tokens,
         logprobs=logprobs,
     )
+
+
+def _adapter(arguments: argparse.Namespace) -> str | None:
+    """The name of the one adapter that a command uses."""
+    if len(arguments.lora) > 1:
+        raise ConfigError(
+            f"--lora is given {len(arguments.lora)} times; {arguments.command} uses one adapter"
+        )
+    return lora_source(arguments.lora[0]).name if arguments.lora else None
 
 
 def _engine(arguments: argparse.Namespace) -> Engine:

@@ -69,14 +69,19 @@ def logprob_table(found: Continuation) -> str:
 
 
 async def generate(
-    engine: Engine, prompt: tuple[int, ...], sampling: SamplingParams, out: TextIO | None
+    engine: Engine,
+    prompt: tuple[int, ...],
+    sampling: SamplingParams,
+    out: TextIO | None,
+    adapter: str | None = None,
 ) -> Continuation:
-    """Continue the prompt, writing text to `out` (unless None) as it comes.
+    """Continue the prompt, writing text to `out` (unless None) as it comes. adapter: the LoRA adapter to use.
 
     A character that is cut between tokens is written when it is whole; special tokens are not written.
     Raises what `Engine.admit` raises, and EngineError when the engine fails on the way.
     """
-    request = Request(f"generate-{uuid.uuid4().hex}", prompt, sampling, stop_token_ids=STOP_TOKEN_IDS)
+    request_id = f"generate-{uuid.uuid4().hex}"
+    request = Request(request_id, prompt, sampling, stop_token_ids=STOP_TOKEN_IDS, adapter=adapter)
     engine.admit(request)
     decoder = TextDecoder(vocabulary())
     tokens: list[Token] = []

@@ -68,9 +68,10 @@ class LLM:
     ) -> None:
         """Open a checkpoint folder and make an engine for it.
 
-        config: fields of EngineConfig, such as weights="bf16", context_length=32768, threads=8; what is not
-        given comes from the environment (HARMONIUM_ISA, HARMONIUM_THREADS), then the defaults. progress:
-        called with (bytes done, bytes in all) from another thread while the weights are loaded.
+        config: fields of EngineConfig, such as weights="bf16", context_length=32768, threads=8, or
+        lora={"sql": "adapters/sql"}, the LoRA adapters that requests may name; what is not given comes from
+        the environment (HARMONIUM_ISA, HARMONIUM_THREADS), then the defaults. progress: called with (bytes
+        done, bytes in all) from another thread while the weights are loaded.
 
         Raises ConfigError, MemoryPlanError, CheckpointError.
         """
@@ -121,7 +122,7 @@ class LLM:
         """The text of token ids, special tokens by their names."""
         return vocabulary().decode(token_ids)
 
-    def logits(self, token_ids: Prompt) -> npt.NDArray[np.float32]:
+    def logits(self, token_ids: Prompt, lora: str | None = None) -> npt.NDArray[np.float32]:
         """The logits after each of T tokens: float32 [T, V], so 0.8 MB a token for the real vocabulary.
 
         Computed from the first token on, whatever the prefix cache holds. Raises RequestError for no token or
@@ -129,31 +130,34 @@ class LLM:
         """
         if not isinstance(self._engine, LocalEngine):
             raise EngineError(f"a {self.info.engine} engine gives no logits; the local one does")
-        return self._loop.run(self._engine.logits(read_token_ids(token_ids, "token_ids")))
+        return self._loop.run(self._engine.logits(read_token_ids(token_ids, "token_ids"), lora))
 
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        lora: str | Sequence[str | None] | None = None,
     ) -> list[Continuation]:
         """Continue one or many prompts, together as far as the engine allows; the results keep their order.
 
         prompts: a text, a list of token ids, or a list of texts and lists of ids. No conversation is put
         around
         them: `chat` does that. sampling: for all, or one for each; None: the defaults. An answer ends at the
-        models' stop tokens (which are its last token), at max_tokens or where the context is full.
+        models' stop tokens (which are its last token), at max_tokens or where the context is full. lora: the
+        adapter to use, for all or one for each; None: the model as it is.
 
         Raises RequestError for a prompt that is neither text nor token ids or is empty, and for a list of
         settings of another length; PromptTooLong. When one request fails, the others are aborted.
         """
         listed = read_prompts(prompts)
-        each: list[Any] = list(sampling) if isinstance(sampling, (list, tuple)) else [sampling] * len(listed)
-        if len(each) != len(listed):
-            raise RequestError(f"there are {len(listed):,} prompts and {len(each):,} sampling settings")
-        settings = [read_sampling(one) for one in each]
-        return self._loop.run(_generate_all(self._engine, listed, settings, self._max_at_once))
+        settings = [read_sampling(one) for one in _one_each(sampling, len(listed), "sampling settings")]
+        adapters = _one_each(lora, len(listed), "adapters")
+        wanted = list(zip(listed, settings, adapters, strict=True))
+        return self._loop.run(_generate_all(self._engine, wanted, self._max_at_once))
 
-    def stream_tokens(self, prompt: Prompt, sampling: SamplingParams | None = None) -> Iterator[TokenEvent]:
+    def stream_tokens(
+        self, prompt: Prompt, sampling: SamplingParams | None = None, lora: str | None = None
+    ) -> Iterator[TokenEvent]:
         """Continue one prompt, token by token; leaving the loop aborts the request.
 
         Raises, when the first event is asked for, what `generate` raises.
@@ -163,6 +167,7 @@ class LLM:
             read_token_ids(prompt, "prompt"),
             read_sampling(sampling),
             stop_token_ids=STOP_TOKEN_IDS,
+            adapter=lora,
         )
         return self._iterate(_token_events(self._engine, request))
 
@@ -180,6 +185,7 @@ class LLM:
         max_reasoning_tokens: int | None = None,
         grammar: bool = True,
         sampling: SamplingParams | None = None,
+        lora: str | None = None,
     ) -> ChatResult:
         """The model's whole turn: reasoning, content, tool_calls, finish_reason, usage.
 
@@ -190,7 +196,8 @@ class LLM:
         response_format, tool_choice: as the Chat Completions API has them, and {"type": "grammar", "syntax":
         "lark" or "regex", "definition": ...}; the answer and the calls keep to them (docs/grammar.md).
         max_reasoning_tokens: then reasoning is closed and the answer begins. grammar: False lets the model
-        write what it likes, and all of these but the prompt's words for a schema are without effect.
+        write what it likes, and all of these but the prompt's words for a schema are without effect. lora:
+        the adapter that answers, by its name; None: the model as it is.
 
         Raises HarmonyError for messages or tools that cannot be expressed, RequestError for a format or
         choice that cannot be kept, and what `generate` raises.
@@ -206,6 +213,7 @@ class LLM:
             sampling,
             response_format=response_format,
             rules=rules,
+            adapter=lora,
         )
         result = self._loop.run(complete_chat(self._engine, request))
         if result.finish_reason == "error":
@@ -228,6 +236,7 @@ class LLM:
         max_reasoning_tokens: int | None = None,
         grammar: bool = True,
         sampling: SamplingParams | None = None,
+        lora: str | None = None,
     ) -> Iterator[ChatEvent]:
         """The events of the model's turn while it writes (harmonium.chat_events); the last one is `Finish`.
 
@@ -245,6 +254,7 @@ class LLM:
             sampling,
             response_format=response_format,
             rules=rules,
+            adapter=lora,
         )
         return self._iterate(stream_chat(self._engine, request))
 
@@ -273,20 +283,28 @@ class LLM:
         return f"<LLM {info.model_name}, context {info.context_length:,}, {info.engine} engine>"
 
 
+def _one_each(given: Any, count: int, what: str) -> list[Any]:
+    """A list as it is, anything else once for each prompt. Raises RequestError for another length."""
+    each = list(given) if isinstance(given, (list, tuple)) else [given] * count
+    if len(each) != count:
+        raise RequestError(f"there are {count:,} prompts and {len(each):,} {what}")
+    return each
+
+
 async def _generate_all(
-    engine: Engine, prompts: list[tuple[int, ...]], sampling: Sequence[SamplingParams], max_at_once: int
+    engine: Engine, wanted: list[tuple[tuple[int, ...], SamplingParams, str | None]], max_at_once: int
 ) -> list[Continuation]:
     """All answers, at most max_at_once under way, so that any number of prompts may come."""
     room = asyncio.Semaphore(max_at_once)
 
-    async def one(prompt: tuple[int, ...], params: SamplingParams) -> Continuation:
+    async def one(prompt: tuple[int, ...], params: SamplingParams, adapter: str | None) -> Continuation:
         async with room:
-            found = await generate(engine, prompt, params, None)
+            found = await generate(engine, prompt, params, None, adapter)
         if found.finish_reason == "aborted":
             raise EngineClosed("the engine was closed before the answer ended")
         return found
 
-    tasks = [asyncio.create_task(one(*pair)) for pair in zip(prompts, sampling, strict=True)]
+    tasks = [asyncio.create_task(one(*each)) for each in wanted]
     try:
         return list(await asyncio.gather(*tasks))
     finally:

@@ -6,7 +6,9 @@ import dataclasses
 import datetime
 import difflib
 import operator
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import NoneType
 from typing import Any, TypeAlias
 
@@ -14,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from harmonium.chat import ChatRequest
-from harmonium.config import EngineConfig, environment_config
+from harmonium.config import EngineConfig, LoraSource, environment_config
 from harmonium.errors import ConfigError, HarmonyError, RequestError
 from harmonium.harmony.chat_history import messages_from_chat, tools_from_chat
 from harmonium.harmony.grammar import TurnRules
@@ -43,7 +45,20 @@ def engine_config(settings: Mapping[str, Any]) -> EngineConfig:
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(f"no setting {name!r}{hint} (there are {', '.join(known)})")
     merged: dict[str, Any] = {**environment_config(), **settings}
+    if "lora" in merged:
+        merged["lora"] = _adapters(merged["lora"])
     return EngineConfig(**merged)
+
+
+def _adapters(given: object) -> tuple[LoraSource, ...]:
+    """Names with folders, or sources as EngineConfig has them."""
+    if isinstance(given, Mapping):
+        wrong = next((path for path in given.values() if not isinstance(path, (str, os.PathLike))), None)
+        if wrong is None and all(isinstance(name, str) for name in given):
+            return tuple(LoraSource(name, Path(path)) for name, path in given.items())
+    elif isinstance(given, (list, tuple)) and all(isinstance(source, LoraSource) for source in given):
+        return tuple(given)
+    raise ConfigError(f"lora is {given!r}; expected names with folders, such as {{'sql': 'adapters/sql'}}")
 
 
 def chat_request(
@@ -57,6 +72,7 @@ def chat_request(
     *,
     response_format: object = None,
     rules: TurnRules | None = None,
+    adapter: str | None = None,
 ) -> ChatRequest:
     """The request of `LLM.chat`. Raises HarmonyError for what cannot be expressed, RequestError."""
     if not isinstance(instructions, (str, NoneType)) or not isinstance(current_date, (str, NoneType)):
@@ -73,7 +89,7 @@ def chat_request(
         current_date=today if current_date is None else current_date or None,
         response_format=read_answer_format(response_format)[1],
     )
-    return ChatRequest(conversation, read_sampling(sampling), grammar=rules)
+    return ChatRequest(conversation, read_sampling(sampling), grammar=rules, adapter=adapter)
 
 
 def turn_rules(response_format: object, choice: object, max_reasoning_tokens: int | None) -> TurnRules:

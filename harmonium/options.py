@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from harmonium import __version__
-from harmonium.config import ISA_NAMES, EngineConfig
+from harmonium.config import ISA_NAMES, EngineConfig, LoraSource
 from harmonium.errors import ConfigError
 from harmonium.serve_options import add_serving, add_vllm_flags
 
@@ -72,7 +72,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     )
     parser.add_argument("--version", action="version", version=f"harmonium {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    model, sampling = _model_options(), _sampling_options()
+    model, sampling, lora = _model_options(), _sampling_options(), _lora_option()
     commands: dict[str, argparse.ArgumentParser] = {}
 
     def add(name: str, summary: str, *parents: _Parser) -> argparse.ArgumentParser:
@@ -83,11 +83,11 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
         commands[name] = command
         return command
 
-    add("inspect", "Say what a checkpoint is and how it would run here.", model).add_argument(
+    add("inspect", "Say what a checkpoint is and how it would run here.", model, lora).add_argument(
         "--json", action="store_true", help="print JSON"
     )
-    _add_generate(add("generate", "Continue a text or a list of token ids.", model, sampling))
-    _add_chat(add("chat", "Talk with the model, or ask it one question.", model, sampling))
+    _add_generate(add("generate", "Continue a text or a list of token ids.", model, lora, sampling))
+    _add_chat(add("chat", "Talk with the model, or ask it one question.", model, lora, sampling))
     _add_bench(add("bench", "Measure prefill and decode on this machine.", model))
     add_serve_options(add("serve", "Serve the model over HTTP, as OpenAI's API does."))
     return parser, commands
@@ -102,6 +102,16 @@ def _model_options() -> _Parser:
         "--max-sequences", type=int, default=1, metavar="N", help="answers at a time (default 1)"
     )
     return parent
+
+
+def _lora_option() -> _Parser:
+    parent = _Parser(add_help=False)
+    _add_lora(parent.add_argument_group("adapter"), "a LoRA adapter in PEFT's format")
+    return parent
+
+
+def _add_lora(group: argparse._ArgumentGroup, summary: str) -> None:
+    group.add_argument("--lora", action="append", default=[], metavar="[NAME=]DIR", help=summary)
 
 
 def _add_running(parent: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -136,7 +146,9 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     """`harmonium serve`."""
     parser.add_argument("model", nargs="?", metavar="MODEL", help=MODEL_HELP)
     add_serving(parser)
-    add_vllm_flags(_add_running(parser), parser)
+    running = _add_running(parser)
+    _add_lora(running, "serve this LoRA adapter (PEFT's format) under this model name; again for more")
+    add_vllm_flags(running, parser)
 
 
 def _sampling_options() -> _Parser:
@@ -203,6 +215,19 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
+def lora_source(text: str) -> LoraSource:
+    """'NAME=DIR', or 'DIR' alone, which takes the folder's name. Raises ConfigError."""
+    name, separator, folder = text.partition("=")
+    given = folder if separator else text
+    if not given:
+        raise ConfigError(f"--lora is {text!r}; expected NAME=DIR")
+    try:
+        path = Path(given).expanduser()  # no shell does it behind a "="
+    except RuntimeError:
+        path = Path(given)
+    return LoraSource(name if separator else path.resolve().name, path)
+
+
 _UNITS = {
     "": 1,
     "K": 10**3,
@@ -258,4 +283,5 @@ def engine_config(arguments: argparse.Namespace) -> EngineConfig:
         isa=arguments.isa,
         memory_limit_bytes=arguments.memory_limit,
         speculation=arguments.speculation,
+        lora=tuple(map(lora_source, getattr(arguments, "lora", ()))),
     )

@@ -127,6 +127,8 @@ _WITHOUT_EFFECT = (
     (("--enable-auto-tool-choice",), 0, "tools are always understood"),
     (("--enable-prefix-caching", "--no-enable-log-requests", "--disable-log-requests"), 0, "so it is anyway"),
     (("--tool-call-parser", "--reasoning-parser"), 1, "the Harmony format is always parsed"),
+    (("--enable-lora",), 0, "--lora NAME=DIR says which adapters are served"),
+    (("--max-lora-rank", "--max-loras", "--max-cpu-loras"), 1, "all adapters given are served at any rank"),
 )
 _INSTEAD = (
     (("--gpu-memory-utilization",), "use --memory-limit SIZE"),
@@ -140,6 +142,9 @@ def add_vllm_flags(running: argparse._ArgumentGroup, parser: argparse.ArgumentPa
     """Understand what people copy: aliases, flags without effect, flags with another name here."""
     parser.set_defaults(told=None)
     hidden = argparse.SUPPRESS
+    running.add_argument(
+        "--lora-modules", dest="lora", nargs="+", action="extend", default=hidden, help=hidden
+    )
     running.add_argument("--max-model-len", dest="context_length", type=int, default=hidden, help=hidden)
     parser.add_argument("--dtype", type=_dtype, help=hidden)
     for names, count, reason in _WITHOUT_EFFECT:

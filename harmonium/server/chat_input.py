@@ -42,6 +42,7 @@ def chat_requests(
             request_id=f"{completion_id}-{choice}",
             stop=body.stop_texts(),
             grammar=rules,
+            adapter=state.adapter_of(body.model),
         )
         for choice in range(body.n or 1)
     ]

@@ -167,6 +167,7 @@ class _Completion:
             sampling,
             stop_token_ids=_STOPS | frozenset(body.stop_token_ids or ()),
             cache_salt=self.cache_salt,
+            adapter=self.state.adapter_of(body.model),
         )
         return RawTurn(self.state, request, wished > 0, body.logprobs if body.echo else None)
 

@@ -71,6 +71,7 @@ def prepare_message(
         request_id=request_id,
         stop=tuple(body.stop_sequences or ()),
         grammar=rules,
+        adapter=state.adapter_of(body.model),
     )
     return PreparedMessage(request, plan)
 

@@ -6,6 +6,7 @@ Source of names: vllm-project/vllm:docs/design/metrics.md.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,9 @@ class Metrics:
         )
         self.finished = Counter(
             "vllm:request_success", "Answers that ended.", ["finished_reason"], registry=registry
+        )
+        self.adapter_requests = Counter(
+            "harmonium:lora_requests", "Answers of LoRA adapters.", ["lora_name"], registry=registry
         )
         self.refused = Counter("harmonium:requests_refused", "Answers refused with 429.", registry=registry)
         self.first_token = Histogram(
@@ -104,6 +108,8 @@ class _EngineCollector:
         yield GaugeMetricFamily("vllm:num_requests_running", "Answers that run.", state.num_running)
         yield GaugeMetricFamily("vllm:num_requests_waiting", "Answers that wait.", state.num_waiting)
         yield GaugeMetricFamily("harmonium:ready", "1 when requests are served.", state.status == "ready")
+        if state.adapter_names:
+            yield _adapter_gauge(state)
         statistics = getattr(state.loaded_engine, "statistics", None)
         if not isinstance(statistics, EngineStatistics):
             return
@@ -134,3 +140,18 @@ def _draft_metrics(statistics: EngineStatistics) -> Iterator[Metric]:
         ("num_accepted_tokens", "Guessed tokens that came true.", statistics.num_accepted_draft_tokens),
     ):
         yield CounterMetricFamily(f"vllm:spec_decode_{name}", text, value)
+
+
+def _adapter_gauge(state: ServerState) -> Metric:
+    """What routers that know adapters look at: its labels say it, its value is the time.
+
+    Source: vllm-project/vllm: vllm/v1/metrics/loggers.py.
+    """
+    gauge = GaugeMetricFamily(
+        "vllm:lora_requests_info",
+        "LoRA adapters of answers that run or wait.",
+        labels=("max_lora", "waiting_lora_adapters", "running_lora_adapters"),
+    )
+    running = ",".join(state.held_adapters)
+    gauge.add_metric((str(len(state.adapter_names)), "", running), time.time())
+    return gauge

@@ -1,4 +1,4 @@
-"""/v1/models: the one model that is served, under all its names."""
+"""/v1/models: the one model that is served, under all its names, and its LoRA adapters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ router = APIRouter()
 async def list_models(request: Request) -> Response:
     """Every name that a request may give as `model`."""
     state = state_of(request)
-    names = state.model_names or (state.engine.info.model_name,)
+    names = (*(state.model_names or (state.engine.info.model_name,)), *state.adapter_names)
     return JSONResponse({"object": "list", "data": [_model(state, name) for name in names]})
 
 
@@ -29,11 +29,13 @@ async def retrieve_model(request: Request, model: str) -> Response:
 
 def _model(state: ServerState, name: str) -> dict[str, Any]:
     engine = state.loaded_engine
+    is_adapter = state.adapter_of(name) is not None
     return {
         "id": name,
         "object": "model",
         "created": state.created,
         "owned_by": "harmonium",
-        "root": state.model_names[0],
+        "root": name if is_adapter else state.model_names[0],
+        "parent": state.model_names[0] if is_adapter else None,
         "max_model_len": engine.info.context_length if engine is not None else None,
     }

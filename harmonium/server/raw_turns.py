@@ -36,7 +36,7 @@ class RawTurn:
     def open(self) -> None:
         """Take a slot, be admitted. Raises ApiError and what `Engine.admit` raises."""
         with ExitStack() as stack:
-            stack.enter_context(self._state.hold())
+            stack.enter_context(self._state.hold(self.request.adapter))
             self._engine.admit(self.request)
             stack.callback(self._count)
             self._slot = stack.pop_all()
@@ -51,7 +51,7 @@ class RawTurn:
                 param="echo",
                 code="unsupported_parameter",
             )
-        return await self._engine.score(self.request.token_ids, self._num_prompt_top)
+        return await self._engine.score(self.request.token_ids, self._num_prompt_top, self.request.adapter)
 
     async def events(self) -> AsyncGenerator[TokenEvent, None]:
         """The answer's events. Raises EngineError, ApiError when it fails on the way."""

@@ -79,6 +79,7 @@ def prepare_response(
             cache_salt=cache_salt(owner, body.cache_salt),
             request_id=response_id,
             grammar=rules,
+            adapter=state.adapter_of(body.model),
         ),
         turn=StoredTurn(body.previous_response_id, date, given.items, given.entries),
         owner=owner,

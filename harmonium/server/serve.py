@@ -195,13 +195,23 @@ async def _load(server: DrainingServer, model: str | None, script: Path | None, 
         server.should_exit = True
         raise
     state.set_engine(engine)
-    _log.info("ready: %s, context %d", ", ".join(state.model_names), engine.info.context_length)
+    names = ", ".join((*state.model_names, *state.adapter_names))
+    _log.info("ready: %s, context %d", names, engine.info.context_length)
+
+
+def _check_adapter_names(config: EngineConfig, model_names: tuple[str, ...]) -> None:
+    """Raises ConfigError for an adapter that no request could choose."""
+    for source in config.lora:
+        if source.name in model_names:
+            raise ConfigError(f"adapter {source.name!r} has the name of the model; expected another")
 
 
 async def _make_engine(
     state: ServerState, model: str | None, script: Path | None, config: EngineConfig
 ) -> Engine:
     if script is not None:
+        if config.lora:
+            raise ConfigError("--lora is given with --engine script:FILE, which computes with no weights")
         return await asyncio.to_thread(
             scripted_engine, script, context_length=config.context_length or 131_072
         )
@@ -211,6 +221,7 @@ async def _make_engine(
     from harmonium.loading import find_model, progress_bar
 
     path = find_model(model)
+    _check_adapter_names(config, state.config.model_names or (path.resolve().name,))
     with progress_bar(f"loading {path.name}") as bar:
 
         def progress(done: int, total: int) -> None:

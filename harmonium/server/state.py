@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -34,6 +35,7 @@ class ServerState:
         self._is_draining = False
         self._failure: str | None = None
         self._num_held = 0
+        self._held_adapters: Counter[str] = Counter()
 
     def set_engine(self, engine: Engine) -> None:
         """The model is loaded."""
@@ -78,10 +80,15 @@ class ServerState:
 
     @property
     def model_names(self) -> tuple[str, ...]:
-        """Names that a request may use; the first is what answers say. () while nothing is loaded."""
+        """Names of the model itself; the first is what answers say. () while nothing is loaded."""
         if self.config.model_names:
             return self.config.model_names
         return (self._engine.info.model_name,) if self._engine is not None else ()
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """Names of LoRA adapters, which a request may give as its model too. () while nothing is loaded."""
+        return self._engine.info.adapters if self._engine is not None else ()
 
     def check_model(self, name: str | None) -> str:
         """The name that answers say. None and "" take the model that is served.
@@ -89,8 +96,15 @@ class ServerState:
         Raises ApiError: 404 for another model's name, 503 while there is no model.
         """
         names = self.model_names or (self.engine.info.model_name,)
-        if not name or name in names:
-            return name or names[0]
+        if not name:
+            return names[0]
+        if name in names:
+            return name
+        if self._engine is None:
+            raise self._unavailable()  # it may be an adapter's name
+        if name in self.adapter_names:
+            return name
+        names = (*names, *self.adapter_names)
         raise ApiError(
             f"model {name[:200]!r} is not served here; there is {', '.join(names)}",
             status=404,
@@ -98,6 +112,10 @@ class ServerState:
             param="model",
             code="model_not_found",
         )
+
+    def adapter_of(self, model: str | None) -> str | None:
+        """The LoRA adapter that a request's model names; None for the model itself."""
+        return model if model in self.adapter_names else None
 
     def owner_of(self, headers: Headers) -> str:
         """Who asks: a digest of the API key that was accepted; "" on a server without keys.
@@ -128,22 +146,33 @@ class ServerState:
         """Answers beyond max_concurrency: the engine lets them wait."""
         return max(0, self._num_held - self.config.max_concurrency)
 
+    @property
+    def held_adapters(self) -> tuple[str, ...]:
+        """LoRA adapters of the answers that hold a slot."""
+        return tuple(sorted(self._held_adapters))
+
     @contextmanager
-    def hold(self, count: int = 1) -> Iterator[None]:
-        """Slots for `count` answers, given back on leaving. Raises ApiError (429, 503) before anything runs.
+    def hold(self, adapter: str | None = None) -> Iterator[None]:
+        """A slot for an answer, given back on leaving. Raises ApiError (429, 503) before anything runs.
 
         The engine is the server's alone, so whoever holds a slot does not meet EngineBusy later.
         """
         _ = self.engine
         most = self.config.max_concurrency + self.config.max_queue
-        if self._num_held + count > most:
+        if self._num_held + 1 > most:
             self.metrics.refused.inc()
             raise busy(f"{self._num_held:,} answers run or wait and the limit is {most:,}", 1.0)
-        self._num_held += count
+        self._num_held += 1
+        if adapter is not None:
+            self._held_adapters[adapter] += 1
+            self.metrics.adapter_requests.labels(adapter).inc()
         try:
             yield
         finally:
-            self._num_held -= count
+            self._num_held -= 1
+            if adapter is not None:
+                self._held_adapters[adapter] -= 1
+                self._held_adapters += Counter()  # drops those at 0
 
 
 def cache_salt(owner: str, asked: str | None) -> str:

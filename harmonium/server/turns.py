@@ -43,7 +43,7 @@ class Turn:
     async def open(self) -> None:
         """Take a slot, render, be admitted. Raises ApiError and what `stream_chat` raises."""
         async with AsyncExitStack() as stack:
-            stack.enter_context(self._state.hold())
+            stack.enter_context(self._state.hold(self.request.adapter))
             self._events: AsyncGenerator[ChatEvent, None] = stream_chat(self._state.engine, self.request)
             stack.push_async_callback(self._events.aclose)
             first = await anext(self._events)
