@@ -1,0 +1,122 @@
+"""What training sees: openings, conversations behind them, and the tokens that occur in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from random import Random
+
+from demo.arithmetic import draw_arithmetic
+from demo.conversation import GREETING, draw_formed, draw_small_talk
+from demo.conversation import draw_form as draw_instruction
+from demo.extraction import draw_extraction
+from demo.extraction import draw_form as draw_schema
+from demo.rows import Row, fill_row, padded
+from demo.sample import CUT, UNKNOWN, Opening, Sample, encode_answer, is_held_out, plain
+from demo.text import draw_text
+from demo.tools import declare, draw_call, toolset_key
+from demo.words import spelled_words, values
+from harmonium.harmony.messages import REASONING_EFFORTS, ReasoningEffort
+from harmonium.harmony.vocabulary import vocabulary
+
+SHARED = -1
+"""Stands in the list of used tokens for all the others, which share one row."""
+
+ROW_SHARES = {"plain": 0.46, "tools": 0.22, "schema": 0.18, "form": 0.14}
+_PLAIN_SHARES = {"arithmetic": 0.42, "text": 0.43, "small talk": 0.15}
+_BESIDE_TOOLS = 0.15
+_TWO_TURNS = 0.1
+
+Draw = Callable[[], Sample]
+
+
+def draw_opening(
+    random: Random, kind: str, held_out: bool, effort: ReasoningEffort | None = None
+) -> tuple[Opening, Draw]:
+    """An opening of this kind, and what draws the conversations that may follow it."""
+    chosen = effort or random.choice(REASONING_EFFORTS)
+    return _opening(random, kind, held_out, chosen)
+
+
+def _opening(random: Random, kind: str, held_out: bool, effort: ReasoningEffort) -> tuple[Opening, Draw]:
+    day = f"{random.randint(2024, 2029)}-{random.randint(1, 12):02d}-{random.randint(1, 28):02d}"
+    opening = Opening(effort, day)
+    if kind == "plain":
+        return opening, lambda: draw_plain(random, effort)
+    if kind == "form":
+        form = draw_instruction(random)
+        return replace(opening, instructions=form.text), lambda: draw_formed(random, effort, form)
+    if kind == "schema":
+        while True:
+            schema = draw_schema(random)
+            if is_held_out(schema.key) == held_out:
+                break
+        return (
+            replace(opening, response_format=schema.response_format()),
+            lambda: draw_extraction(random, effort, schema),
+        )
+    while True:
+        tools = declare(random)
+        if is_held_out(toolset_key(tools)) == held_out:
+            break
+
+    def draw() -> Sample:
+        if random.random() < _BESIDE_TOOLS and not held_out:
+            return draw_plain(random, effort)
+        return draw_call(random, effort, tools)
+
+    return replace(opening, tools=tuple(tool.tool() for tool in tools)), draw
+
+
+def draw_plain(random: Random, effort: str) -> Sample:
+    skill = random.choices(tuple(_PLAIN_SHARES), tuple(_PLAIN_SHARES.values()))[0]
+    draws = {"arithmetic": draw_arithmetic, "text": draw_text, "small talk": draw_small_talk}
+    return draws[skill](random, effort)
+
+
+def is_on_side(sample: Sample, held_out: bool) -> bool:
+    """Training: no key is held out. Held-out items: every key is."""
+    sides = [is_held_out(key) for key in sample.keys]
+    return bool(sides) and all(sides) if held_out else not any(sides)
+
+
+def one_side(random: Random, draw: Draw, held_out: bool) -> Iterator[Sample]:
+    """Endless samples of one side of the split, some with a turn before them."""
+    before: Sample | None = None
+    while True:
+        sample = draw()
+        if not is_on_side(sample, held_out):
+            continue
+        if before is not None and before.call is None and not held_out and random.random() < _TWO_TURNS:
+            # A client sends the text back, which is tokenized anew; a chat replays the tokens.
+            answer = before.final if random.random() < 0.5 else plain(before.final)
+            yield replace(sample, earlier=((before.question, answer),))
+        else:
+            yield sample
+        before = sample
+
+
+def draw_row(random: Random, length: int, held_out: bool = False, kind: str | None = None) -> Row:
+    """A row of this many tokens, padded."""
+    kind = kind or random.choices(tuple(ROW_SHARES), tuple(ROW_SHARES.values()))[0]
+    opening, draw = draw_opening(random, kind, held_out)
+    return padded(fill_row(opening.ids(), one_side(random, draw, held_out), length), length)
+
+
+def used_tokens(seed: int = 7, num_openings: int = 6000) -> list[int]:
+    """The tokens that have a row of their own, ascending, after SHARED: drawn from the generator."""
+    random = Random(seed)
+    seen: set[int] = set()
+    for _ in range(num_openings):
+        kind = random.choice(tuple(ROW_SHARES))
+        opening, draw = draw_opening(random, kind, random.random() < 0.5)
+        seen.update(opening.ids())
+        for _ in range(4):
+            for ids, _ in draw().pieces():
+                seen.update(ids)
+    words = [*spelled_words(), *(word for listed in values().values() for word in listed), *GREETING.values()]
+    numbers = [str(number) for number in range(1000)] + [f"{number:02d}" for number in range(100)]
+    for text in (*words, *(f" {word}" for word in words), *numbers):
+        seen.update(encode_answer(text))
+    seen.difference_update(vocabulary().encode(UNKNOWN), vocabulary().encode(CUT))
+    return [SHARED, *sorted(seen)]
