@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import harmonium
+from harmonium.testing import make_tiny_checkpoint
 
 
 def run(code: str) -> str:
@@ -42,3 +44,17 @@ def test_every_public_name_resolves_and_is_listed() -> None:
 def test_unknown_names_are_attribute_errors() -> None:
     with pytest.raises(AttributeError, match="'harmonium' has no attribute 'nonsense'"):
         _ = harmonium.nonsense
+
+
+def test_model_answers_where_there_is_no_network(tmp_path: Path) -> None:
+    """Nothing but the model's folder: no vocabulary, template or configuration is fetched, then or later."""
+    model = make_tiny_checkpoint(tmp_path / "model")
+    answer = run(
+        "import socket\n"
+        "def refused(*_, **__): raise AssertionError('somebody asked for the network')\n"
+        "socket.getaddrinfo = socket.create_connection = socket.socket.connect = refused\n"
+        "from harmonium import LLM\n"
+        f"with LLM({str(model)!r}, context_length=256) as llm:\n"
+        "    print(llm.chat('Hi').usage.completion_tokens > 0, llm.decode(llm.encode('Grüße')))"
+    )
+    assert answer.split() == ["True", "Grüße"]

@@ -12,7 +12,7 @@ from harmonium.engine import ScriptedEngine
 from harmonium.harmony.vocabulary import vocabulary
 from harmonium.server import ServerConfig, ServerState
 from tests.scripted_chat import gen
-from tests.server.client import HELLO, call, chat, engine_of, error_of, make_state, prompt_text
+from tests.server.client import HELLO, call, chat, chunks_of, engine_of, error_of, make_state, prompt_text
 from tests.server.responses_client import PATH
 
 END, RETURN, CONSTRAIN, START = 200007, 200002, 200003, 200006
@@ -413,3 +413,17 @@ def test_instructions_stay_whatever_the_tool_choice(given: Json) -> None:
     tools = [tool("f")]
     text = read([{"role": "system", "content": "Be brief."}, *HELLO], tools=tools, **given)
     assert "# Instructions\n\nBe brief." in text
+
+
+@pytest.mark.parametrize(
+    "fields", [("reasoning",), ("reasoning_content",), ("reasoning_content", "reasoning")]
+)
+def test_b70_reasoning_has_the_name_that_the_server_was_told(fields: tuple[str, ...]) -> None:
+    script = f"<|channel|>analysis<|message|>hm<|end|><|start|>assistant{OK}"
+    state = make_state(script, reasoning_fields=fields)
+    message = chat(state).json()["choices"][0]["message"]
+    assert {name: message.get(name) for name in NAMES if name in message} == dict.fromkeys(fields, "hm")
+    deltas = [part["delta"] for chunk in chunks_of(chat(state, stream=True)) for part in chunk["choices"]]
+    seen = {name for delta in deltas for name in NAMES if delta.get(name)}
+    assert seen == set(fields)
+    assert chat(state, [*HELLO, message, user("go on")]).status_code == 200
