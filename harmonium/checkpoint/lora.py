@@ -103,11 +103,12 @@ class LoraAdapter:
 
 @dataclass(frozen=True, slots=True)
 class _Placed:
-    """A pair in the file. name: of what it changes, whole, as patterns in the config mean it."""
+    """A pair in the file, a and b by their keys there. num_experts: 0 for a product that all tokens take."""
 
-    name: str
     a: str
     b: str
+    rank: int
+    scale: float
     num_experts: int
     num_inputs: int
     num_outputs: int
@@ -138,8 +139,7 @@ class LoraFiles:
     @property
     def max_rank(self) -> int:
         """The largest rank of a pair."""
-        names = [pair.name for layer in self._pairs for pair in layer.values()]
-        return max(self.config.rank_of(name) for name in names)
+        return max(pair.rank for layer in self._pairs for pair in layer.values())
 
     def load(self) -> LoraAdapter:
         """Read the values into memory. Raises CheckpointError for one that is not finite."""
@@ -158,7 +158,7 @@ class LoraFiles:
         a, b = self._values(placed.a), self._values(placed.b)
         if a.dtype != b.dtype:
             a, b = _widen(a), _widen(b)
-        rank, num_experts = self.config.rank_of(placed.name), placed.num_experts
+        rank, num_experts = placed.rank, placed.num_experts
         if num_experts:
             a = a.reshape(num_experts, rank, placed.num_inputs)
             b = b.reshape(placed.num_outputs, rank, num_experts).transpose(2, 1, 0)
@@ -166,7 +166,7 @@ class LoraFiles:
             b = b.T
         # Copies, so that nothing reads the map once the adapter is loaded. order: ascontiguousarray would
         # keep what is contiguous already.
-        return LowRank(np.array(a, order="C"), np.array(b, order="C"), self.config.scale_of(placed.name))
+        return LowRank(np.array(a, order="C"), np.array(b, order="C"), placed.scale)
 
     def _values(self, name: str) -> npt.NDArray[Any]:
         """float32, or bf16 bits."""
@@ -250,8 +250,8 @@ def _match(file: SafetensorsFile, config: LoraConfig, model: ModelConfig) -> lis
                         f"{file.path}: layer {layer} lacks lora_{part} of {module}, which "
                         f"{LORA_CONFIG_NAME} targets"
                     )
-            pair = _place(target, name, parts, model)
-            _check_pair(file, config, pair)
+            pair = _place(target, parts, config.rank_of(name), config.scale_of(name), model)
+            _check_pair(file, pair)
             pairs[target] = pair
         layers.append(pairs)
     for (layer, module), parts in found.items():
@@ -320,7 +320,7 @@ def _targets(
         yield target, prefix + _EXPERTS[target], "mlp.experts.base_layer" if is_inner else "mlp.experts"
 
 
-def _place(target: str, name: str, parts: Mapping[str, str], model: ModelConfig) -> _Placed:
+def _place(target: str, parts: Mapping[str, str], rank: int, scale: float, model: ModelConfig) -> _Placed:
     D, F, E = model.hidden_size, model.expert_size, model.num_experts
     q, kv = model.num_heads * model.head_size, model.num_kv_heads * model.head_size
     sizes = {
@@ -332,13 +332,12 @@ def _place(target: str, name: str, parts: Mapping[str, str], model: ModelConfig)
         "experts.gate_up": (E, D, 2 * F),
         "experts.down": (E, F, D),
     }
-    return _Placed(name, parts["A"], parts["B"], *sizes[target])
+    return _Placed(parts["A"], parts["B"], rank, scale, *sizes[target])
 
 
-def _check_pair(file: SafetensorsFile, config: LoraConfig, pair: _Placed) -> None:
-    rank = config.rank_of(pair.name)
-    rows = rank * (pair.num_experts or 1)
-    of = f"{pair.num_experts} experts of rank {rank}" if pair.num_experts else f"rank {rank}"
+def _check_pair(file: SafetensorsFile, pair: _Placed) -> None:
+    rows = pair.rank * (pair.num_experts or 1)
+    of = f"{pair.num_experts} experts of rank {pair.rank}" if pair.num_experts else f"rank {pair.rank}"
     for tensor, shape in ((pair.a, (rows, pair.num_inputs)), (pair.b, (pair.num_outputs, rows))):
         entry = file.entries[tensor]
         if entry.dtype not in ("F32", "F16", "BF16"):

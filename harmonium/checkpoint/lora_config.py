@@ -39,6 +39,12 @@ _WITHOUT_EFFECT = {
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 """Ways to begin that leave the base model as it is; PiSSA, CorDA, OLoRA and LoftQ change its weights."""
 
+MAX_PATTERNS = 1000
+"""A 120b with a pattern for each of its modules has 252."""
+
+MAX_SEARCHES = 16
+"""Most patterns that repeat or choose: each may try a name at very many places."""
+
 _QUANTIFIER = re.compile(r"[*+{]")
 
 
@@ -180,8 +186,14 @@ def _patterns(path: Path, table: Mapping[str, Any], key: str) -> list[tuple[str,
     value = table.get(key)
     if value is None:
         return []
-    if not isinstance(value, dict) or len(value) > 10_000:
-        raise _wrong(path, key, value, "an object of at most 10,000 patterns")
+    if not isinstance(value, dict) or len(value) > MAX_PATTERNS:
+        raise _wrong(path, key, value, f"an object of at most {MAX_PATTERNS:,} patterns")
+    searches = [text for text in value if "(" in text or _QUANTIFIER.search(text)]
+    if len(searches) > MAX_SEARCHES:
+        raise CheckpointError(
+            f"{path}: {key} has {len(searches)} patterns with repetitions or groups, such as "
+            f"{shorten(searches[0])}; expected at most {MAX_SEARCHES}"
+        )
     return [(text, _pattern(path, key, text), number) for text, number in value.items()]
 
 

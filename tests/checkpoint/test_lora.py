@@ -269,6 +269,8 @@ def test_an_adapter_without_tensors_is_refused(tmp_path: Path) -> None:
         ({"rank_pattern": {"(a+)+b": 2}}, "rank_pattern is '(a+)+b'; expected patterns of at most"),
         ({"rank_pattern": {".*.*.*x": 2}}, "rank_pattern is '.*.*.*x'"),
         ({"rank_pattern": {"a" * 300: 2}}, "rank_pattern is 'aaa"),
+        ({"rank_pattern": {f"x{i}": 2 for i in range(1001)}}, "expected an object of at most 1,000 patterns"),
+        ({"rank_pattern": {f"x{i}.*": 2 for i in range(17)}}, "has 17 patterns with repetitions or groups"),
     ],
 )
 def test_wrong_settings_are_named(config: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -322,3 +324,64 @@ def test_settings_of_training_are_without_effect(tmp_path: Path) -> None:
     }
     folder = write_lora(tmp_path / "more", list(tensors().items()), **{**saved, **more})
     assert load(folder).digest == load(tmp_path / "plain").digest
+
+
+JUNK = (
+    None,
+    True,
+    -1,
+    0,
+    3,
+    2**70,
+    1.5,
+    "",
+    "q_proj",
+    [],
+    ["x"],
+    [[]],
+    {},
+    {"q_proj": 2},
+    {"q_proj": []},
+    [None],
+)
+
+
+def test_settings_of_any_kind_are_taken_or_refused(tmp_path: Path) -> None:
+    saved = json.loads((make_lora(tmp_path, MODEL) / "adapter_config.json").read_text())
+    keys = [
+        *saved,
+        "rank_pattern",
+        "alpha_pattern",
+        "layers_to_transform",
+        "exclude_modules",
+        "use_rslora",
+        "new",
+    ]
+    num_loaded = 0
+    for key in keys:
+        for value in JUNK:
+            (tmp_path / "adapter_config.json").write_text(json.dumps({**saved, key: value}))
+            try:
+                load(tmp_path)
+                num_loaded += 1
+            except CheckpointError as error:
+                assert str(tmp_path) in str(error)
+    assert 0 < num_loaded < len(keys) * len(JUNK)
+
+
+def test_files_with_bytes_changed_at_random_load_or_are_refused(tmp_path: Path) -> None:
+    path = make_lora(tmp_path, MODEL, dtype="BF16") / "adapter_model.safetensors"
+    data, rng = path.read_bytes(), np.random.default_rng(0)
+    header = 8 + int.from_bytes(data[:8], "little")
+    refused = 0
+    for case in range(300):
+        changed = bytearray(data)
+        for place in rng.integers(0, header if case % 3 else len(data), rng.integers(1, 4)):
+            changed[place] = rng.integers(0, 256)
+        path.write_bytes(changed)
+        try:
+            load(tmp_path)
+        except CheckpointError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 150
