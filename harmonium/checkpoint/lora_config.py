@@ -200,13 +200,15 @@ def _patterns(path: Path, table: Mapping[str, Any], key: str) -> list[tuple[str,
 def _pattern(path: Path, key: str, text: str) -> re.Pattern[str]:
     """The pattern as PEFT matches it: at the end of a name, after a dot. Only such that never take long."""
     has_group_repeated = re.search(r"\)[*+?{]", text) is not None
-    is_short = len(text) <= 256 and text.count("(") <= 1 and len(_QUANTIFIER.findall(text)) <= 2
-    if not is_short or has_group_repeated:
+    num_groups = text.count("(")
+    is_short = len(text) <= 256 and text.count("|") <= 16 and num_groups <= 1
+    # What is tried grows with the name's length to the power of the repetitions.
+    if not is_short or has_group_repeated or len(_QUANTIFIER.findall(text)) > 2 - num_groups:
         raise _wrong(
             path,
             key,
             text,
-            "patterns of at most 256 characters with at most 2 repetitions and one group, not repeated",
+            "patterns of at most 256 characters with at most 2 repetitions, or one and a group of at most 17",
         )
     try:
         return re.compile(rf"(.*\.)?({text})$")
