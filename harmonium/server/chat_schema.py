@@ -44,6 +44,7 @@ class ChatCompletionRequest(SamplingFields):
     verbosity: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
+    prompt_cache_options: Any = None
     safety_identifier: str | None = None
     modalities: list[str] | None = None
     audio: dict[str, Any] | None = None
@@ -52,6 +53,7 @@ class ChatCompletionRequest(SamplingFields):
     function_call: str | dict[str, Any] | None = None
     chat_template: str | None = None
     documents: list[Any] | None = None
+    moderation: Any = None
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = Field(default=None)
 
@@ -63,6 +65,7 @@ _REFUSED = {
     "function_call": "it was replaced by tool_choice",
     "chat_template": "the prompt is made by the Harmony format, not by a template",
     "documents": "put them into a message",
+    "moderation": "there is no moderation model here",
 }
 
 
@@ -99,8 +102,9 @@ def without_effect(request: ChatCompletionRequest) -> Iterator[str]:
         yield "verbosity"
     if request.service_tier not in (None, "auto", "default"):
         yield "service_tier"
-    if request.prompt_cache_retention is not None:
-        yield "prompt_cache_retention"
+    for name in ("prompt_cache_retention", "prompt_cache_options"):
+        if getattr(request, name) is not None:
+            yield name
     if request.ignore_eos:
         yield "ignore_eos"
     names = {name for message in request.messages for name in message if name not in _MESSAGE_FIELDS}
