@@ -322,6 +322,37 @@ void bind_moe_mxfp4(nb::handle x, nb::handle expert_id, nb::handle expert_weight
           adapters, adapter_of);
 }
 
+void bind_pack_mxfp4(nb::handle blocks_object, nb::handle scales_object, nb::handle packed_object) {
+  const Array<std::uint8_t> blocks(blocks_object, "blocks", 3), scales(scales_object, "scales", 2);
+  const Array<std::uint8_t> packed(packed_object, "packed", 2, Access::write);
+  const std::int64_t num_outputs = blocks.shape(0), num_blocks = blocks.shape(1);
+  blocks.expect({-1, -1, 16});
+  scales.expect({num_outputs, num_blocks});
+  packed.expect({(num_outputs + kTileRows - 1) / kTileRows, packed_bytes(num_blocks)});
+  nb::gil_scoped_release release;
+  pack_mxfp4(blocks.data(), scales.data(), num_outputs, num_blocks, packed.data());
+}
+
+void bind_moe_packed(nb::handle x, nb::handle expert_id, nb::handle expert_weight, nb::handle gate_up_packed,
+                     nb::handle gate_up_bias, nb::handle down_packed, nb::handle down_bias, nb::handle out, float limit,
+                     float alpha, nb::handle adapters, nb::handle adapter_of) {
+  const Array<std::uint8_t> up(gate_up_packed, "gate_up_packed", 3), down(down_packed, "down_packed", 3);
+  const Array<std::uint16_t> up_bias(gate_up_bias, "gate_up_bias", 2), bias(down_bias, "down_bias", 2);
+  const std::int64_t num_experts = up.shape(0), hidden = bias.shape(1), size = up_bias.shape(1) / 2;
+  up_bias.expect({num_experts, 2 * size});
+  check_blocks(hidden, "gate_up");
+  check_blocks(size, "down");
+  up.expect({-1, (2 * size + kTileRows - 1) / kTileRows, packed_bytes(hidden / kBlock)});
+  down.expect({num_experts, (hidden + kTileRows - 1) / kTileRows, packed_bytes(size / kBlock)});
+  const auto kind = Weight::Kind::packed;
+  Experts experts{{kind, up.data(), nullptr, nullptr, 2 * size, hidden},
+                  {kind, down.data(), nullptr, nullptr, hidden, size},
+                  num_experts,
+                  limit,
+                  alpha};
+  run_moe(x, expert_id, expert_weight, experts, gate_up_bias, down_bias, out, Activations::int8, adapters, adapter_of);
+}
+
 void bind_moe_bf16(nb::handle x, nb::handle expert_id, nb::handle expert_weight, nb::handle gate_up_weight,
                    nb::handle gate_up_bias, nb::handle down_weight, nb::handle down_bias, nb::handle out, float limit,
                    float alpha, nb::handle adapters, nb::handle adapter_of) {
@@ -382,6 +413,12 @@ void bind_matmul(nb::module_& m) {
         nb::arg("out"), nb::arg("limit"), nb::arg("alpha"), nb::arg("adapters").none(), nb::arg("adapter_T").none());
   m.def("low_rank", &bind_low_rank, nb::arg("x"), nb::arg("row"), nb::arg("a"), nb::arg("b"), nb::arg("scale"),
         nb::arg("out"), nb::arg("column"));
+  m.def("packed_bytes", [](std::int64_t num_inputs) { return packed_bytes(num_inputs / kBlock); },
+        nb::arg("num_inputs"));
+  m.def("pack_mxfp4", &bind_pack_mxfp4, nb::arg("blocks"), nb::arg("scales"), nb::arg("packed"));
+  m.def("moe_packed", &bind_moe_packed, nb::arg("x"), nb::arg("expert_id"), nb::arg("expert_weight"),
+        nb::arg("gate_up_packed"), nb::arg("gate_up_bias"), nb::arg("down_packed"), nb::arg("down_bias"),
+        nb::arg("out"), nb::arg("limit"), nb::arg("alpha"), nb::arg("adapters").none(), nb::arg("adapter_T").none());
   m.def("linear_scratch_bytes", &linear_scratch_bytes, nb::arg("num_tokens"), nb::arg("num_inputs"));
   m.def("moe_scratch_bytes", &moe_scratch_bytes, nb::arg("num_tokens"), nb::arg("hidden"), nb::arg("expert_size"),
         nb::arg("num_active"));

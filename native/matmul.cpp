@@ -8,6 +8,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <new>
 #include <vector>
@@ -32,10 +33,12 @@ const Table& choose(const Table& scalar, const Table& avx2, const Table& avx512)
   return current_isa() == Isa::avx2 ? avx2 : scalar;
 }
 const Int8Table& int8_table() { return choose(kScalarInt8, kAvx2Int8, kAvx512Int8); }
+const PackedTable& packed_table() { return choose(kScalarPacked, kAvx2Packed, kAvx512Packed); }
 const Bf16Table& bf16_table() { return choose(kScalarBf16, kAvx2Bf16, kAvx512Bf16); }
 const TileTable& tile_table() { return choose(kScalarTile, kAvx2Tile, kAvx512Tile); }
 #else
 const Int8Table& int8_table() { return kScalarInt8; }
+const PackedTable& packed_table() { return kScalarPacked; }
 const Bf16Table& bf16_table() { return kScalarBf16; }
 const TileTable& tile_table() { return kScalarTile; }
 #endif
@@ -93,7 +96,7 @@ struct Rows {
 void prepare_row(const Weight& weight, Activations kind, const float* x, std::uint8_t* row) {
   if (kind == Activations::bf16) {
     bf16_table().round_row(x, weight.num_inputs, reinterpret_cast<std::uint16_t*>(row));
-  } else if (weight.kind == Weight::Kind::mxfp4) {
+  } else if (weight.kind == Weight::Kind::mxfp4 || weight.kind == Weight::Kind::packed) {
     int8_table().quantize_row(x, weight.num_inputs, kMxfp4Offset, 0.5f, row);
   } else {
     int8_table().quantize_row(x, weight.num_inputs, kInt8Offset, 1.0f, row);
@@ -112,8 +115,7 @@ Rows prepare(const Weight& weight, Activations kind, const float* x, std::int64_
 }
 
 std::int64_t decoded_bytes(const Weight& weight, Activations kind) {
-  if (weight.kind == Weight::Kind::mxfp4 && kind == Activations::int8)
-    return 2 * panel_bytes(weight.num_inputs / kBlock);
+  if (kind == Activations::int8) return 2 * panel_bytes(weight.num_inputs / kBlock);
   return weight.num_inputs * kTileRows * 2;
 }
 
@@ -125,6 +127,25 @@ void copy_columns(const Weight& weight, const std::uint16_t* data, std::int64_t 
     std::copy(from, from + num_rows, out + k * kTileRows);
     std::fill(out + k * kTileRows + num_rows, out + (k + 1) * kTileRows, std::uint16_t{0});
   }
+}
+
+// The same for a packed tile: as it lies for few tokens, decoded once for many.
+const float* packed_product(const Weight& weight, std::int64_t expert, std::int64_t first, int num_panels,
+                            const Rows& x, const std::int32_t* token, int num_tokens, int thread, float* tile) {
+  const std::int64_t num_blocks = weight.num_inputs / kBlock;
+  const std::int64_t at = expert * ceil_div(weight.num_outputs, kTileRows) + first / kTileRows;
+  const std::uint8_t* packed = weight.data + at * packed_bytes(num_blocks);
+  if (num_tokens < int8_table().panel_tokens) {
+    packed_table().product(packed, num_blocks, x.data, x.row_bytes, token, num_tokens, tile);
+    return tile;
+  }
+  auto* panels = static_cast<std::uint8_t*>(thread_scratch(thread, kDecoded, decoded_bytes(weight, x.kind)));
+  if (!panels) return nullptr;
+  packed_table().to_panels(packed, num_blocks, panels);
+  const std::int64_t bytes = packed_bytes(num_blocks);
+  int8_table().panel_product(panels, num_panels, num_blocks, kMxfp4Offset, x.data, x.row_bytes, token, num_tokens,
+                             {packed + bytes, bytes}, tile);
+  return tile;
 }
 
 // Products of outputs first..first + num_rows - 1 of one expert with the rows token[0..num_tokens) of x.
@@ -140,13 +161,18 @@ float* product(const Weight& weight, std::int64_t expert, std::int64_t first, in
   const int num_panels = static_cast<int>(ceil_div(num_rows, kPanelRows));
   if (weight.kind == Weight::Kind::panels) {
     const std::uint8_t* panels = weight.data + first / kPanelRows * panel_bytes(num_blocks);
-    int8.panel_product(panels, num_panels, num_blocks, kInt8Offset, x.data, x.row_bytes, token, num_tokens, tile);
+    const std::int64_t bytes = num_panels * panel_bytes(num_blocks);
+    int8.panel_product(panels, num_panels, num_blocks, kInt8Offset, x.data, x.row_bytes, token, num_tokens,
+                       {panels + bytes, bytes}, tile);
     return tile;
   }
   if (weight.kind == Weight::Kind::bf16_rows) {
     const auto* rows = reinterpret_cast<const std::uint16_t*>(weight.data) + row * weight.num_inputs;
     bf16.bf16_product(rows, num_rows, weight.num_inputs, x.data, x.row_bytes, token, num_tokens, tile);
     return tile;
+  }
+  if (weight.kind == Weight::Kind::packed) {
+    return packed_product(weight, expert, first, num_panels, x, token, num_tokens, thread, tile);
   }
   const std::uint8_t* blocks = weight.data + row * num_blocks * 16;
   const std::uint8_t* scales = weight.scales + row * num_blocks;
@@ -164,7 +190,9 @@ float* product(const Weight& weight, std::int64_t expert, std::int64_t first, in
   } else if (x.kind == Activations::int8) {
     auto* panels = static_cast<std::uint8_t*>(decoded);
     int8.mxfp4_to_panels(blocks, scales, num_rows, num_blocks, panels);
-    int8.panel_product(panels, num_panels, num_blocks, kMxfp4Offset, x.data, x.row_bytes, token, num_tokens, tile);
+    const std::int64_t bytes = num_rows * num_blocks * 16;
+    int8.panel_product(panels, num_panels, num_blocks, kMxfp4Offset, x.data, x.row_bytes, token, num_tokens,
+                       {blocks + bytes, bytes}, tile);
   } else {
     // Four rows at a time: they are still in L1 when the products read them.
     for (int r = 0; r < num_rows; r += 4) {
@@ -318,6 +346,27 @@ void quantize_weight(const std::uint16_t* weight, std::int64_t num_outputs, std:
     table.quantize_panel(weight + first * num_inputs, num_rows, num_inputs,
                          panels + task * panel_bytes(num_inputs / kBlock));
   });
+}
+
+void pack_mxfp4(const std::uint8_t* blocks, const std::uint8_t* scales, std::int64_t num_outputs,
+                std::int64_t num_blocks, std::uint8_t* packed) {
+  for (std::int64_t first = 0; first < num_outputs; first += kTileRows, packed += packed_bytes(num_blocks)) {
+    const std::int64_t num_rows = std::min<std::int64_t>(kTileRows, num_outputs - first);
+    const std::int64_t used = num_blocks * kTileRows, scale_bytes = packed_scale_bytes(num_blocks);
+    if (num_rows < kTileRows) std::fill_n(packed, packed_bytes(num_blocks), std::uint8_t{0});
+    std::fill_n(packed + used, scale_bytes - used, std::uint8_t{0});
+    for (std::int64_t r = 0; r < num_rows; ++r) {
+      const std::uint8_t* from = blocks + (first + r) * num_blocks * 16;
+      const std::uint8_t* scale = scales + (first + r) * num_blocks;
+      std::uint8_t* to = packed + scale_bytes + r / kPanelRows * (kPackedBlockBytes / 2) + r % kPanelRows * 4;
+      for (std::int64_t b = 0; b < num_blocks; ++b) {
+        packed[b * kTileRows + r] = scale[b];
+        for (int part = 0; part < 4; ++part) {
+          std::memcpy(to + b * kPackedBlockBytes + part * 64, from + b * 16 + part * 4, 4);
+        }
+      }
+    }
+  }
 }
 
 std::int64_t linear_scratch_bytes(std::int64_t num_tokens, std::int64_t num_inputs) {

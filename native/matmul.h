@@ -13,6 +13,7 @@ constexpr int kGroupBlocks = 4;        // blocks of a group: 16 bytes each of ev
 constexpr int kGroupBytes = 128;       // int8 activations of a group
 constexpr int kPanelRows = 16;         // outputs of a panel: int32 lanes of a zmm register
 constexpr int kPanelBlockBytes = 512;  // weights of a panel for one block, without the scales
+constexpr int kPackedBlockBytes = 512;  // MXFP4 of a tile for one block, without the scales
 constexpr int kTileRows = 32;          // outputs of a task's tile: two panels
 constexpr int kMxfp4Offset = 12;       // added to doubled e2m1 values (-12..12) so that they are unsigned
 constexpr int kInt8Offset = 128;       // added to int8 weights for the same reason
@@ -42,9 +43,24 @@ static inline std::int64_t panel_bytes(std::int64_t num_blocks) {
   return num_blocks * kPanelBlockBytes + (num_blocks * kPanelRows * 2 + 63) / 64 * 64;
 }
 
-// What an instruction set provides: three tables, each filled by a file of its own. A "tile" is float32
+// A packed tile: 32 outputs of an MXFP4 matrix by all inputs, four bits each, in the order in which products read them,
+// so that memory is one stream.
+//   scales  [blocks][32 rows] e8m0, padded to 64 bytes; first, for they are wanted first
+//   nibbles [blocks][2 panels][4][16 rows][4] uint8: part g holds bytes 4g..4g+3 of each row's 16 bytes of the block
+// Rows that a matrix lacks are zero.
+static inline std::int64_t packed_scale_bytes(std::int64_t num_blocks) { return (num_blocks * kTileRows + 63) / 64 * 64; }
+static inline std::int64_t packed_bytes(std::int64_t num_blocks) {
+  return packed_scale_bytes(num_blocks) + num_blocks * kPackedBlockBytes;
+}
+
+// What an instruction set provides: four tables, each filled by a file of its own. A "tile" is float32
 // [num_tokens][kTileRows]; x is activations with a row every row_bytes, token[i] the row that token i of the tile
 // takes. Columns of a tile beyond num_rows hold anything. Nothing here allocates, fails or prints.
+struct Next {
+  const std::uint8_t* data;
+  std::int64_t bytes;
+};
+
 struct Int8Table {
   // From so many tokens on, MXFP4 rows are decoded to panels rather than used as they lie (measured).
   int panel_tokens;
@@ -55,14 +71,23 @@ struct Int8Table {
   // MXFP4 rows (num_rows <= 32) to one or two panels; rows that are missing hold anything finite or not.
   void (*mxfp4_to_panels)(const std::uint8_t* blocks, const std::uint8_t* scales, int num_rows, std::int64_t num_blocks,
                           std::uint8_t* panels);
-  // Products with one or two panels whose weights carry `offset`, int8 activations.
+  // Products with one or two panels whose weights carry `offset`, int8 activations. `next`: what will be read after
+  // them, to be fetched meanwhile; a hint.
   void (*panel_product)(const std::uint8_t* panels, int num_panels, std::int64_t num_blocks, int offset,
                         const std::uint8_t* x, std::int64_t row_bytes, const std::int32_t* token, int num_tokens,
-                        float* tile);
+                        Next next, float* tile);
   // Products with MXFP4 rows as they lie (num_rows <= 32), int8 activations: for few tokens.
   void (*mxfp4_product)(const std::uint8_t* blocks, const std::uint8_t* scales, int num_rows, std::int64_t num_blocks,
                         const std::uint8_t* x, std::int64_t row_bytes, const std::int32_t* token, int num_tokens,
                         float* tile);
+};
+
+struct PackedTable {
+  // A packed tile to two panels as mxfp4_to_panels makes them.
+  void (*to_panels)(const std::uint8_t* packed, std::int64_t num_blocks, std::uint8_t* panels);
+  // Products with a packed tile, int8 activations: for few tokens. The same bits as the other products.
+  void (*product)(const std::uint8_t* packed, std::int64_t num_blocks, const std::uint8_t* x, std::int64_t row_bytes,
+                  const std::int32_t* token, int num_tokens, float* tile);
 };
 
 struct Bf16Table {
@@ -94,13 +119,16 @@ struct TileTable {
 };
 
 extern const Int8Table kScalarInt8;
+extern const PackedTable kScalarPacked;
 extern const Bf16Table kScalarBf16;
 extern const TileTable kScalarTile;
 #if defined(__x86_64__)
 extern const Int8Table kAvx2Int8;
+extern const PackedTable kAvx2Packed;
 extern const Bf16Table kAvx2Bf16;
 extern const TileTable kAvx2Tile;
 extern const Int8Table kAvx512Int8;
+extern const PackedTable kAvx512Packed;
 extern const Bf16Table kAvx512Bf16;
 extern const TileTable kAvx512Tile;
 #endif
@@ -109,7 +137,7 @@ enum class Activations : int { int8 = 0, bf16 = 1 };
 
 // A weight of num_outputs by num_inputs, or num_experts of them one after another.
 struct Weight {
-  enum class Kind { panels, mxfp4, bf16_rows, bf16_columns } kind;
+  enum class Kind { panels, mxfp4, packed, bf16_rows, bf16_columns } kind;
   const std::uint8_t* data;
   const std::uint8_t* scales;  // mxfp4 only
   const std::uint16_t* bias;   // null: none
@@ -128,6 +156,9 @@ struct Experts {
 // The drivers: they share the work among the threads of the pool. All throw std::bad_alloc when memory is out.
 void quantize_weight(const std::uint16_t* weight, std::int64_t num_outputs, std::int64_t num_inputs,
                      std::uint8_t* panels);
+// MXFP4 rows [num_outputs] to packed tiles, on the caller's thread alone.
+void pack_mxfp4(const std::uint8_t* blocks, const std::uint8_t* scales, std::int64_t num_outputs,
+                std::int64_t num_blocks, std::uint8_t* packed);
 void linear(const float* x, std::int64_t num_tokens, const Weight& weight, Activations activations, bool add,
             float* out);
 // adapters: null, or what LoRA adapters add to the products of some tokens.

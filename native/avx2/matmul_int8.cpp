@@ -205,7 +205,7 @@ void panel_tiles(const uint8_t* panel, int64_t num_blocks, const uint8_t* x, int
 }
 
 void panel_product(const uint8_t* panels, int num_panels, int64_t num_blocks, int offset, const uint8_t* x,
-                   int64_t row_bytes, const int32_t* token, int num_tokens, float* tile) {
+                   int64_t row_bytes, const int32_t* token, int num_tokens, Next, float* tile) {
   for (int p = 0; p < num_panels; ++p) {
     const uint8_t* panel = panels + p * panel_bytes(num_blocks);
     float* out = tile + p * kPanelRows;

@@ -176,11 +176,28 @@ void mxfp4_to_panels(const uint8_t* blocks, const uint8_t* scales, int num_rows,
   }
 }
 
+// What will be read next is fetched into L2 evenly over the blocks of all tokens: the products hide the memory.
+struct Ahead {
+  const char* at;
+  const char* end;
+  int64_t rest = 0;    // of a line, in 1/1024
+  int64_t step;  // lines a block, in 1/1024
+
+  Ahead(Next next, int64_t num_steps)
+      : at(reinterpret_cast<const char*>(next.data)),
+        end(at + next.bytes),
+        step((next.bytes / 64 * 1024 + num_steps - 1) / num_steps) {}
+
+  inline __attribute__((always_inline)) void go_on() {
+    for (rest += step; rest >= 1024 && at < end; rest -= 1024, at += 64) _mm_prefetch(at, _MM_HINT_T1);
+  }
+};
+
 // Tokens by panels. 32 registers: NT * NP integer and as many float sums, NP weights, one or two broadcasts, NP
 // scales; 4 by 2 and 8 by 1 fit, more spills.
 template <int NT, int NP>
 void panel_tile(const uint8_t* panels, int64_t num_blocks, const uint8_t* x, int64_t row_bytes, const int32_t* token,
-                float* tile) {
+                Ahead& ahead, float* tile) {
   const uint8_t* row[NT];
   __m512 sum[NT][NP];
   for (int t = 0; t < NT; ++t) {
@@ -192,6 +209,7 @@ void panel_tile(const uint8_t* panels, int64_t num_blocks, const uint8_t* x, int
   for (int64_t b = 0; b < num_blocks; ++b) {
     const int64_t at = b / kGroupBlocks * kGroupBytes + b % kGroupBlocks * 16;
     const uint8_t* w = panels + b * kPanelBlockBytes;
+    ahead.go_on();
     __m512i acc[NT][NP];
     for (int t = 0; t < NT; ++t) {
       for (int p = 0; p < NP; ++p) acc[t][p] = _mm512_set1_epi32(dword(row[t] + start_at + b * 4));
@@ -221,21 +239,22 @@ void panel_tile(const uint8_t* panels, int64_t num_blocks, const uint8_t* x, int
 
 template <int NP>
 void panel_tiles(const uint8_t* panels, int64_t num_blocks, const uint8_t* x, int64_t row_bytes, const int32_t* token,
-                 int num_tokens, float* tile) {
-  int t = 0;
-  for (; t + 4 <= num_tokens; t += 4)
-    panel_tile<4, NP>(panels, num_blocks, x, row_bytes, token + t, tile + t * kTileRows);
-  if (num_tokens - t == 3) panel_tile<3, NP>(panels, num_blocks, x, row_bytes, token + t, tile + t * kTileRows);
-  if (num_tokens - t == 2) panel_tile<2, NP>(panels, num_blocks, x, row_bytes, token + t, tile + t * kTileRows);
-  if (num_tokens - t == 1) panel_tile<1, NP>(panels, num_blocks, x, row_bytes, token + t, tile + t * kTileRows);
+                 int num_tokens, Next next, float* tile) {
+  using Fn = void (*)(const uint8_t*, int64_t, const uint8_t*, int64_t, const int32_t*, Ahead&, float*);
+  constexpr Fn by_count[4] = {panel_tile<1, NP>, panel_tile<2, NP>, panel_tile<3, NP>, panel_tile<4, NP>};
+  Ahead ahead(next, (num_tokens + 3) / 4 * num_blocks);
+  for (int t = 0; t < num_tokens; t += 4) {
+    const int count = num_tokens - t < 4 ? num_tokens - t : 4;
+    by_count[count - 1](panels, num_blocks, x, row_bytes, token + t, ahead, tile + t * kTileRows);
+  }
 }
 
 void panel_product(const uint8_t* panels, int num_panels, int64_t num_blocks, int, const uint8_t* x, int64_t row_bytes,
-                   const int32_t* token, int num_tokens, float* tile) {
+                   const int32_t* token, int num_tokens, Next next, float* tile) {
   if (num_panels == 2)
-    panel_tiles<2>(panels, num_blocks, x, row_bytes, token, num_tokens, tile);
+    panel_tiles<2>(panels, num_blocks, x, row_bytes, token, num_tokens, next, tile);
   else
-    panel_tiles<1>(panels, num_blocks, x, row_bytes, token, num_tokens, tile);
+    panel_tiles<1>(panels, num_blocks, x, row_bytes, token, num_tokens, next, tile);
 }
 
 // 16 rows by NT tokens without a panel: weights are decoded in registers and used for all tokens at once.

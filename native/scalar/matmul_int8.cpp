@@ -87,7 +87,7 @@ void mxfp4_to_panels(const uint8_t* blocks, const uint8_t* scales, int num_rows,
 }
 
 void panel_product(const uint8_t* panels, int num_panels, int64_t num_blocks, int, const uint8_t* x, int64_t row_bytes,
-                   const int32_t* token, int num_tokens, float* tile) {
+                   const int32_t* token, int num_tokens, Next, float* tile) {
   for (int t = 0; t < num_tokens; ++t) {
     const uint8_t* row = x + token[t] * row_bytes;
     const auto* scale = reinterpret_cast<const float*>(row + scale_offset(num_blocks));
