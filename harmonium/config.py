@@ -24,6 +24,9 @@ Weights = Literal["int8", "bf16"]
 Speculation = Literal["ngram", "off"]
 """How tokens are guessed ahead. ngram: what followed the same tokens earlier in the text."""
 
+Experts = Literal["auto", "mapped", "packed"]
+"""How MXFP4 experts are held. mapped: as they lie in the files. packed: copied in the products' order."""
+
 ISA_NAMES = ("scalar", "avx2", "avx512")
 """Instruction sets with kernels, slowest first."""
 
@@ -69,6 +72,8 @@ class EngineConfig:
     prefix_cache: whether sequences share the blocks of a common beginning.
     speculation: "ngram" guesses tokens from text that came before and checks them in one step; "off" does
         not. The answers are the same.
+    experts: "packed" copies MXFP4 experts into memory of the process while the first answers run, and is
+        faster; "mapped" uses the files' pages, which the system can take back; "auto" packs if there is room.
     lora: adapters that requests may ask for.
     """
 
@@ -82,6 +87,7 @@ class EngineConfig:
     memory_limit_bytes: int | None = None
     prefix_cache: bool = True
     speculation: Speculation = "ngram"
+    experts: Experts = "auto"
     lora: tuple[LoraSource, ...] = ()
 
     def __post_init__(self) -> None:
@@ -91,6 +97,8 @@ class EngineConfig:
             raise ConfigError(f"isa is {self.isa!r}; expected one of {', '.join(ISA_NAMES)}")
         if self.speculation not in ("ngram", "off"):
             raise ConfigError(f"speculation is {self.speculation!r}; expected 'ngram' or 'off'")
+        if self.experts not in ("auto", "mapped", "packed"):
+            raise ConfigError(f"experts is {self.experts!r}; expected 'auto', 'mapped' or 'packed'")
         if not isinstance(self.prefix_cache, bool):
             raise ConfigError(f"prefix_cache is {self.prefix_cache!r}; expected True or False")
         _check_adapters(self.lora)

@@ -162,7 +162,13 @@ def memory_table(memory: MemoryPlan, num_adapters: int = 0) -> str:
     """The plan, a line for each part."""
     tokens = CACHE_BLOCK_TOKENS
     rows = [
-        ("experts", memory.expert_bytes, "mapped, used where they lie in the files"),
+        (
+            "experts",
+            memory.expert_bytes + memory.packing_bytes,
+            "packed while the first answers run; a layer is there twice meanwhile"
+            if memory.packs_experts
+            else "mapped, used where they lie in the files",
+        ),
         ("dense weights", memory.dense_bytes, ""),
         ("embedding", memory.embedding_bytes, "pages mapped at a time"),
         ("full cache", memory.full_cache_bytes, f"{memory.num_full_blocks:,} blocks of {tokens} tokens"),

@@ -137,6 +137,12 @@ def _add_running(parent: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         help="guess tokens from text that came before and check several in a step (same answers)",
     )
     group.add_argument(
+        "--experts",
+        choices=("auto", "mapped", "packed"),
+        default="auto",
+        help="packed: copied to memory in the products' order, faster; mapped: as they lie in the files",
+    )
+    group.add_argument(
         "--memory-limit", type=memory_bytes, metavar="SIZE", help="such as 14GiB; default: what is free"
     )
     return group
@@ -284,4 +290,5 @@ def engine_config(arguments: argparse.Namespace) -> EngineConfig:
         memory_limit_bytes=arguments.memory_limit,
         speculation=arguments.speculation,
         lora=tuple(map(lora_source, getattr(arguments, "lora", ()))),
+        experts=arguments.experts,
     )

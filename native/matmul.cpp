@@ -130,7 +130,7 @@ void copy_columns(const Weight& weight, const std::uint16_t* data, std::int64_t 
 }
 
 // The same for a packed tile: as it lies for few tokens, decoded once for many.
-const float* packed_product(const Weight& weight, std::int64_t expert, std::int64_t first, int num_panels,
+float* packed_product(const Weight& weight, std::int64_t expert, std::int64_t first, int num_panels,
                             const Rows& x, const std::int32_t* token, int num_tokens, int thread, float* tile) {
   const std::int64_t num_blocks = weight.num_inputs / kBlock;
   const std::int64_t at = expert * ceil_div(weight.num_outputs, kTileRows) + first / kTileRows;

@@ -118,6 +118,7 @@ def create_engine(
             max_batch_tokens=resolved.config.max_batch_tokens,
             progress=progress,
             adapters=loaded,
+            packs_experts=memory.packs_experts,
         )
         runner.allocate_cache(memory.num_full_blocks, memory.num_window_blocks)
     except MemoryError as error:

@@ -9,6 +9,9 @@ from harmonium.kernels.matmul import (
     matmul_scratch_bytes,
     moe_bf16,
     moe_mxfp4,
+    moe_packed,
+    pack_mxfp4,
+    packed_shape,
     quantize_weight,
 )
 from harmonium.kernels.ops import (
@@ -36,6 +39,9 @@ __all__ = [
     "matmul_scratch_bytes",
     "moe_bf16",
     "moe_mxfp4",
+    "moe_packed",
+    "pack_mxfp4",
+    "packed_shape",
     "quantize_weight",
     "rms_norm",
     "rope_and_store",

@@ -30,6 +30,7 @@ Activations = Literal["int8", "bf16"]
 """How activations enter a product. int8: a scale per 32 inputs. bf16: rounded to nearest even."""
 
 PANEL_ROWS = 16
+TILE_ROWS = 32
 
 Pair = tuple[npt.NDArray[Any], npt.NDArray[Any], float]
 """(a, b, scale) of a low-rank product scale * (x @ a.T) @ b: float32, or bf16 bits in both. For the experts
@@ -147,6 +148,50 @@ def moe_mxfp4(
         limit,
         alpha,
         activations,
+        adapters,
+        adapter_T,
+    )
+
+
+def packed_shape(num_outputs: int, num_inputs: int) -> tuple[int, int]:
+    """Shape of an MXFP4 matrix in packed tiles of 32 outputs (docs/kernels.md): tiles, bytes of each."""
+    return -(-num_outputs // TILE_ROWS), int(_native.packed_bytes(num_inputs))
+
+
+def pack_mxfp4(blocks_NK: U8, scales_NB: U8, packed: U8) -> None:
+    """Write an MXFP4 matrix (blocks [N, K/32, 16], scales [N, K/32]) to packed tiles, `packed_shape` of them.
+
+    Runs on the calling thread alone, without the interpreter's lock.
+    """
+    _native.pack_mxfp4(blocks_NK, scales_NB, packed)
+
+
+def moe_packed(
+    x_TD: F32,
+    expert_id_TA: Int32,
+    expert_weight_TA: F32,
+    gate_up_packed: U8,
+    gate_up_bias: Bf16,
+    down_packed: U8,
+    down_bias: Bf16,
+    out_TD: F32,
+    limit: float,
+    alpha: float,
+    adapters: Sequence[ExpertAdapter] | None = None,
+    adapter_T: Int32 | None = None,
+) -> None:
+    """Add to out what `moe_mxfp4` adds with int8 activations, to the bit, from tiles [E, tiles, bytes]."""
+    _native.moe_packed(
+        x_TD,
+        expert_id_TA,
+        expert_weight_TA,
+        gate_up_packed,
+        gate_up_bias,
+        down_packed,
+        down_bias,
+        out_TD,
+        limit,
+        alpha,
         adapters,
         adapter_T,
     )

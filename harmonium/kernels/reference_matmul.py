@@ -21,6 +21,8 @@ __all__ = [
     "matmul_mxfp4",
     "moe_bf16",
     "moe_mxfp4",
+    "moe_packed",
+    "pack_mxfp4",
     "quantize_activations",
     "quantize_weight",
     "swiglu",
@@ -40,6 +42,7 @@ E2M1_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3
 """The sixteen values of MXFP4's elements. Source: OCP Microscaling Formats (MX) 1.0, table 5."""
 
 _BLOCK = 32
+_TILE_ROWS = 32
 _LEAST_NORMAL = np.finfo(np.float32).tiny
 
 
@@ -248,6 +251,55 @@ def moe_mxfp4(
         adapters,
         adapter_T,
     )
+
+
+def pack_mxfp4(blocks_NK: U8, scales_NB: U8, packed: U8) -> None:
+    """Write blocks [N, B, 16] and scales [N, B] to tiles [ceil(N/32), bytes] (docs/kernels.md).
+
+    A tile: scales [B, 32 rows] padded to 64 bytes, then the blocks' [B, 2 panels, 4 parts, 16 rows, 4] bytes.
+    """
+    N, B, _ = blocks_NK.shape
+    tiles = -(-N // _TILE_ROWS)
+    blocks = np.zeros((tiles * _TILE_ROWS, B, 16), np.uint8)
+    scales = np.zeros((tiles * _TILE_ROWS, B), np.uint8)
+    blocks[:N], scales[:N] = blocks_NK, scales_NB
+    scale_bytes = packed.shape[1] - B * _TILE_ROWS * 16
+    packed[:] = 0
+    packed[:, : B * _TILE_ROWS] = scales.reshape(tiles, _TILE_ROWS, B).swapaxes(1, 2).reshape(tiles, -1)
+    parts = blocks.reshape(tiles, 2, 16, B, 4, 4).transpose(0, 3, 1, 4, 2, 5)
+    packed[:, scale_bytes:] = parts.reshape(tiles, -1)
+
+
+def _unpack(packed: U8, num_outputs: int, num_inputs: int) -> tuple[U8, U8]:
+    """What `pack_mxfp4` took for each of E matrices: blocks [E, N, B, 16] and scales [E, N, B]."""
+    E, tiles, size = packed.shape
+    B = num_inputs // _BLOCK
+    scales = packed[:, :, : B * _TILE_ROWS].reshape(E, tiles, B, _TILE_ROWS).swapaxes(2, 3)
+    parts = packed[:, :, size - B * _TILE_ROWS * 16 :].reshape(E, tiles, B, 2, 4, 16, 4)
+    blocks = parts.transpose(0, 1, 3, 5, 2, 4, 6).reshape(E, tiles * _TILE_ROWS, B, 16)
+    return blocks[:, :num_outputs], scales.reshape(E, tiles * _TILE_ROWS, B)[:, :num_outputs]
+
+
+def moe_packed(
+    x_TD: F32,
+    expert_id_TA: Int32,
+    expert_weight_TA: F32,
+    gate_up_packed: U8,
+    gate_up_bias: Bf16,
+    down_packed: U8,
+    down_bias: Bf16,
+    out_TD: F32,
+    limit: float,
+    alpha: float,
+    adapters: Sequence[ExpertAdapter] | None = None,
+    adapter_T: Int32 | None = None,
+) -> None:
+    """Add to out what moe_mxfp4 adds with int8 activations, from packed tiles."""
+    hidden, units = down_bias.shape[1], gate_up_bias.shape[1]
+    gate_up = decode_mxfp4(*_unpack(gate_up_packed, units, hidden))
+    down = decode_mxfp4(*_unpack(down_packed, hidden, units // 2))
+    routes = x_TD, expert_id_TA, expert_weight_TA
+    _moe(*routes, gate_up, gate_up_bias, down, down_bias, out_TD, limit, alpha, "int8", adapters, adapter_T)
 
 
 def moe_bf16(

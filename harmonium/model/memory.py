@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from harmonium.checkpoint.model_config import LayerKind, ModelConfig
 from harmonium.config import CACHE_BLOCK_TOKENS, EngineConfig, Weights
 from harmonium.errors import ConfigError, MemoryPlanError
-from harmonium.kernels import attention_scratch_bytes, matmul_scratch_bytes
+from harmonium.kernels import attention_scratch_bytes, matmul_scratch_bytes, packed_shape
 from harmonium.kernels.sampling import sampling_scratch_bytes
 
 AUTO_CONTEXT_TOKENS = 8192
@@ -31,6 +31,9 @@ EMBEDDING_ROWS_KEPT = 1024
 _FAULT_AROUND_BYTES = 64 << 10
 """What Linux maps for one fault in a cached file (fault_around_bytes)."""
 
+PACKING_SPARE_BYTES = 2 << 30
+"""Memory that must be left besides before experts are packed unasked: mapped pages can be taken back."""
+
 PROCESS_BYTES = 130 << 20
 """Interpreter, libraries, vocabulary, thread stacks: docs/numerics.md says how it was measured."""
 
@@ -42,7 +45,8 @@ class MemoryPlan:
     expert_bytes: mapped, used where it lies in the files. dense_bytes: qkv, out and unembedding as `weights`
     holds them, and the small tensors. embedding_bytes: pages of the embedding that are mapped at a time.
     process_bytes: everything that is there without a model. limit_bytes: what the process may use.
-    adapter_bytes: LoRA adapters, and what a step needs for them.
+    adapter_bytes: LoRA adapters, and what a step needs for them. packing_bytes: what packed experts take more
+    than mapped ones, at the most: a layer is there twice while it is packed. 0: they are not packed.
     """
 
     context_length: int
@@ -57,6 +61,12 @@ class MemoryPlan:
     process_bytes: int
     limit_bytes: int
     adapter_bytes: int = 0
+    packing_bytes: int = 0
+
+    @property
+    def packs_experts(self) -> bool:
+        """Whether experts are copied in the order of the products once they are read."""
+        return self.packing_bytes > 0
 
     @property
     def total_bytes(self) -> int:
@@ -69,6 +79,7 @@ class MemoryPlan:
             + self.scratch_bytes
             + self.process_bytes
             + self.adapter_bytes
+            + self.packing_bytes
         )
 
 
@@ -95,11 +106,11 @@ def plan_memory(
     planner = _Planner(config, expert_format, engine_config, memory_limit_bytes, threads, adapter_bytes)
     plan = planner.plan(longest)
     if plan.total_bytes <= memory_limit_bytes:
-        return plan
+        return planner.with_experts_placed(plan)
     if wanted is None:
         fitting = planner.longest_fitting(longest)
         if fitting is not None and fitting.context_length >= min(SHORTEST_AUTO_CONTEXT_TOKENS, longest):
-            return fitting
+            return planner.with_experts_placed(fitting)
     raise MemoryPlanError(_refusal(plan, planner))
 
 
@@ -154,6 +165,14 @@ def adapter_bytes(config: ModelConfig, adapters: Collection[SizedAdapter], max_b
     rank = max(adapter.max_rank for adapter in adapters)
     row = config.num_active_experts * rank + config.num_experts
     return sum(adapter.nbytes for adapter in adapters) + 4 * max_batch_tokens * row
+
+
+def packing_bytes(config: ModelConfig) -> int:
+    """What experts in packed tiles take more than in the files, and a layer of mapped ones beside them."""
+    mapped = expert_bytes(config, "mxfp4")
+    shapes = (2 * config.expert_size, config.hidden_size), (config.hidden_size, config.expert_size)
+    expert = sum(math.prod(packed_shape(*shape)) for shape in shapes)
+    return config.num_layers * config.num_experts * expert - mapped + mapped // config.num_layers
 
 
 def step_scratch_bytes(config: ModelConfig, max_batch_tokens: int) -> int:
@@ -237,6 +256,28 @@ class _Planner:
             else:
                 high = middle - 1
         return best
+
+    def with_experts_placed(self, plan: MemoryPlan) -> MemoryPlan:
+        """The plan with experts packed, where they can be, are wanted and fit. Raises as plan_memory does."""
+        wanted = self.engine.experts
+        can_pack = self.expert_format == "mxfp4" and self.engine.weights == "int8"
+        if wanted == "packed" and not can_pack:
+            raise ConfigError(
+                f"experts is 'packed' with {self.expert_format} experts and weights {self.engine.weights!r}; "
+                "expected MXFP4 experts and weights 'int8'"
+            )
+        if wanted == "mapped" or not can_pack:
+            return plan
+        packed = replace(plan, packing_bytes=packing_bytes(self.config))
+        spare = PACKING_SPARE_BYTES if wanted == "auto" else 0
+        if packed.total_bytes + spare <= self.limit_bytes:
+            return packed
+        if wanted == "packed":
+            raise MemoryPlanError(
+                f"packed experts need {_gb(packed.total_bytes)} and this process may use "
+                f"{_gb(self.limit_bytes)}; experts 'mapped' need {_gb(plan.total_bytes)}"
+            )
+        return plan
 
     def _num_window_blocks(self, context_length: int) -> int:
         """Every sequence's window, what one step writes, and as many windows again for kept prefixes.

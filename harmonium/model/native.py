@@ -62,8 +62,9 @@ class NativeRunner:
 
     weights: "int8" converts the dense weights at load and quantizes activations; "bf16" uses them as they are
     and rounds activations to bf16. progress: called with (bytes done, bytes in all). adapters: those that
-    sequences of a batch may name by their places here. The checkpoint is closed with the runner. The kernels'
-    threads and instruction set are the process's (kernels.runtime.configure).
+    sequences of a batch may name by their places here. packs_experts: copy MXFP4 experts in the background in
+    the order of the products (int8 weights only; the same numbers, faster). The checkpoint is closed with the
+    runner. The kernels' threads and instruction set are the process's (kernels.runtime.configure).
 
     Raises CheckpointError for sizes that the kernels cannot take.
     """
@@ -75,13 +76,15 @@ class NativeRunner:
         max_batch_tokens: int = 512,
         progress: Progress | None = None,
         adapters: Sequence[LoraAdapter] = (),
+        packs_experts: bool = False,
     ) -> None:
         self._checkpoint = checkpoint
         self._config = config = checkpoint.config
         _check_sizes(config)
         self._max_batch_tokens = max_batch_tokens
         self._weights: ModelWeights | None = load_weights(checkpoint, weights, progress)
-        self._reader = Reader(self._weights.mapped(), self._weights.embedding_VD)
+        packers = [layer.experts.pack for layer in self._weights.layers] if packs_experts else []
+        self._reader = Reader(self._weights.mapped(packs_experts), self._weights.embedding_VD, packers)
         self._frequencies = inverse_frequencies(config.rope, config.head_size)
         self._attention_factor = attention_factor(config.rope)
         self._scratch: _Scratch | None = _take_scratch(config, max_batch_tokens)

@@ -10,7 +10,7 @@ import ctypes
 import mmap
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -36,13 +36,20 @@ class Reader:
     A step that needs a page which has not come yet reads it itself, so an answer can start before a cold file
     is read whole. The arrays must stay mapped until `close` or `wait` has returned.
 
-    arrays: read in this order, and mapped. gathered: a table of which steps take single rows; its file is
-    read last, into the system's cache alone, and a row that is not there costs its own pages and not the
-    megabytes of a read-ahead.
+    arrays: read in this order, and mapped. packers: called after them, in order; each reads what it copies
+    and ends early when its event is set. gathered: a table of which steps take single rows; its file is read
+    last, into the system's cache alone, and a row that is not there costs its own pages and not the megabytes
+    of a read-ahead.
     """
 
-    def __init__(self, arrays: Iterable[npt.NDArray[Any]], gathered: npt.NDArray[Any] | None = None) -> None:
+    def __init__(
+        self,
+        arrays: Iterable[npt.NDArray[Any]],
+        gathered: npt.NDArray[Any] | None = None,
+        packers: Iterable[Callable[[threading.Event], None]] = (),
+    ) -> None:
         self._arrays = list(arrays)
+        self._packers = list(packers)
         self._gathered = gathered
         if gathered is not None:
             for start, size in _pieces(gathered):
@@ -55,6 +62,10 @@ class Reader:
     def _read(self) -> None:
         for array in self._arrays:
             bring_in(array, self._stop)
+            if self._stop.is_set():
+                return
+        for pack in self._packers:
+            pack(self._stop)
             if self._stop.is_set():
                 return
         if self._gathered is not None:
@@ -71,6 +82,7 @@ class Reader:
         self._stop.set()
         self._thread.join()
         self._arrays.clear()
+        self._packers.clear()
         self._gathered = None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,15 +17,21 @@ from harmonium.config import Weights
 from harmonium.kernels.matmul import (
     ExpertAdapter,
     Int8Weight,
+    allocate,
     linear_bf16,
     linear_int8,
     moe_bf16,
     moe_mxfp4,
+    moe_packed,
+    pack_mxfp4,
+    packed_shape,
     quantize_weight,
 )
+from harmonium.model.pages import bring_in
 from harmonium.model.reference import TensorSource
 
 FloatArray = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
 Bits = npt.NDArray[np.uint16]
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) while weights are loaded."""
@@ -71,20 +78,41 @@ class Linear:
 
 
 class Experts:
-    """All experts of a layer, as they lie in the files."""
+    """All experts of a layer, as they lie in the files, or packed once `pack` has run."""
 
-    __slots__ = ("_activations", "_arrays", "_is_mxfp4", "_limits", "mapped")
+    __slots__ = ("_activations", "_arrays", "_is_mxfp4", "_limits", "_names", "_packed", "_source", "mapped")
 
     def __init__(self, source: MappedSource, name: str, weights: Weights) -> None:
         config = source.config
+        self._source = source
+        self._packed: tuple[Any, ...] = ()
+        halves = ("blocks", "scales") if source.expert_format == "mxfp4" else ()
+        self._names = [f"{name}.{half}.{part}" for half in ("gate_up", "down") for part in halves]
         self._is_mxfp4 = source.expert_format == "mxfp4"
         self._activations = weights
         self._limits = (config.swiglu_limit, config.swiglu_alpha)
         parts = ("blocks", "scales", "bias") if self._is_mxfp4 else ("weight", "bias")
-        self._arrays = tuple(
+        self._arrays: tuple[Any, ...] = tuple(
             source.tensor(f"{name}.{half}.{part}") for half in ("gate_up", "down") for part in parts
         )
         self.mapped = self._arrays
+
+    def pack(self, stop: threading.Event) -> None:
+        """Copy the matrices into packed tiles, for steps from now on; the files' pages leave memory.
+
+        Runs beside steps, which use the files until the layer is done. Stays with them when there is no
+        memory, or when `stop` is set meanwhile.
+        """
+        assert self._is_mxfp4 and self._activations == "int8", "only MXFP4 with int8 activations is packed"
+        gate_up, gate_up_scales, gate_up_bias, down, down_scales, down_bias = self._arrays
+        try:
+            packed_gate_up = _pack(gate_up, gate_up_scales, stop)
+            packed_down = _pack(down, down_scales, stop)
+        except MemoryError:
+            return
+        if not stop.is_set():
+            self._packed = (packed_gate_up, gate_up_bias, packed_down, down_bias)
+            self._source.advise(self._names, "dontneed")
 
     def __call__(
         self,
@@ -97,7 +125,14 @@ class Experts:
     ) -> None:
         """Adds the weighted sum of the chosen experts to out; what adapters add to them is in it."""
         limit, alpha = self._limits
-        if self._is_mxfp4:
+        packed = self._packed
+        if packed:
+            gate_up, gate_up_bias, down, down_bias = packed
+            routes = x_TD, expert_id_TA, weight_TA
+            moe_packed(
+                *routes, gate_up, gate_up_bias, down, down_bias, out_TD, limit, alpha, adapters, adapter_T
+            )
+        elif self._is_mxfp4:
             gate_up, gate_up_scales, gate_up_bias, down, down_scales, down_bias = self._arrays
             moe_mxfp4(
                 x_TD,
@@ -121,6 +156,20 @@ class Experts:
             routes = x_TD, expert_id_TA, weight_TA
             weights = gate_up, gate_up_bias, down, down_bias
             moe_bf16(*routes, *weights, out_TD, limit, alpha, adapters, adapter_T)
+
+
+def _pack(blocks: Bytes, scales: Bytes, stop: threading.Event) -> Bytes:
+    """The packed tiles [E, tiles, bytes] of all experts; undefined once stop is set."""
+    num_experts, num_outputs, num_blocks, _ = blocks.shape
+    tiles, size = packed_shape(num_outputs, num_blocks * 32)
+    packed = allocate(num_experts * tiles * size).reshape(num_experts, tiles, size)
+    for expert in range(num_experts):
+        if stop.is_set():
+            break
+        bring_in(blocks[expert])
+        bring_in(scales[expert])
+        pack_mxfp4(blocks[expert], scales[expert], packed[expert])
+    return packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,11 +211,15 @@ class ModelWeights:
     norm_D: Bits
     unembedding: Linear
 
-    def mapped(self) -> list[npt.NDArray[Any]]:
-        """What every step reads from the map, in the order in which it does: the embedding's rows apart."""
+    def mapped(self, packs_experts: bool = False) -> list[npt.NDArray[Any]]:
+        """What every step reads from the map, in the order in which it does: the embedding's rows apart.
+
+        packs_experts: their matrices will leave the map.
+        """
         arrays: list[npt.NDArray[Any]] = []
         for layer in self.layers:
-            arrays += (*layer.qkv.mapped, *layer.out.mapped, *layer.experts.mapped)
+            experts = (a for a in layer.experts.mapped if not packs_experts or a.dtype == np.uint16)
+            arrays += (*layer.qkv.mapped, *layer.out.mapped, *experts)
         return [*arrays, *self.unembedding.mapped]
 
     @property

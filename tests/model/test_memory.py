@@ -24,6 +24,7 @@ GPT_OSS_20B = tiny_config(
 
 
 def plan(limit_bytes: int = 64 * GB, config: ModelConfig = GPT_OSS_20B, **settings: Any) -> MemoryPlan:
+    settings.setdefault("experts", "mapped")
     return plan_memory(config, "mxfp4", EngineConfig(**settings), limit_bytes, threads=2)
 
 

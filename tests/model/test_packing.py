@@ -1,0 +1,82 @@
+"""Experts are packed while steps run; numbers stay, and the files' pages go."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from harmonium.config import EngineConfig
+from harmonium.errors import ConfigError, MemoryPlanError
+from harmonium.model import weights
+from harmonium.model.memory import PACKING_SPARE_BYTES, packing_bytes, plan_memory
+from harmonium.model.native import NativeRunner
+from tests.model.driver import Driver
+from tests.model.test_memory import GPT_OSS_20B
+from tests.model.tiny_models import tiny_checkpoint
+
+TOKENS = np.random.default_rng(3).integers(0, 300, 40).astype(np.int32)
+
+
+def test_packed_experts_change_no_bit() -> None:
+    mapped = Driver(NativeRunner(tiny_checkpoint("narrow"))).run(TOKENS, 16)
+    runner = NativeRunner(tiny_checkpoint("narrow"), packs_experts=True)
+    runner.wait_until_resident()
+    assert runner._weights is not None and all(layer.experts._packed for layer in runner._weights.layers)
+    np.testing.assert_array_equal(Driver(runner).run(TOKENS, 16), mapped)
+
+
+def test_steps_use_the_files_until_a_layer_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    may_go_on = threading.Event()
+    real = weights.pack_mxfp4
+    monkeypatch.setattr(weights, "pack_mxfp4", lambda *arrays: may_go_on.wait(30) and real(*arrays))
+    runner = NativeRunner(tiny_checkpoint("narrow"), packs_experts=True)
+    before = Driver(runner).run(TOKENS, 16)
+    assert runner._weights is not None and not runner._weights.layers[0].experts._packed
+    may_go_on.set()
+    runner.wait_until_resident()
+    mapped = Driver(NativeRunner(tiny_checkpoint("narrow"))).run(TOKENS, 16)
+    np.testing.assert_array_equal(before, mapped)
+
+
+def test_experts_stay_mapped_when_memory_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(size_bytes: int) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(weights, "allocate", refuse)
+    runner = NativeRunner(tiny_checkpoint("narrow"), packs_experts=True)
+    runner.wait_until_resident()
+    assert runner._weights is not None and not any(layer.experts._packed for layer in runner._weights.layers)
+    assert np.isfinite(Driver(runner).run(TOKENS, 16)).all()
+
+
+def test_closing_does_not_wait_for_packing() -> None:
+    runner = NativeRunner(tiny_checkpoint("narrow"), packs_experts=True)
+    runner.close()
+    assert not runner._reader._thread.is_alive()
+
+
+def test_experts_are_packed_only_where_memory_is_left_over() -> None:
+    def plan(experts: str, limit: int, fmt: str = "mxfp4", **fields: object) -> bool:
+        config = replace(EngineConfig(context_length=8192, max_sequences=1), experts=experts, **fields)  # type: ignore[arg-type]
+        return plan_memory(GPT_OSS_20B, fmt, config, limit).packs_experts
+
+    one = plan_memory(
+        GPT_OSS_20B, "mxfp4", EngineConfig(context_length=8192, max_sequences=1, experts="mapped"), 1 << 40
+    )
+    needed = one.total_bytes + packing_bytes(GPT_OSS_20B)
+    assert plan("auto", needed + PACKING_SPARE_BYTES)
+    assert not plan("auto", needed + PACKING_SPARE_BYTES - 1)
+    assert plan("packed", needed) and not plan("mapped", 1 << 40)
+    assert not plan("auto", 1 << 40, "bf16") and not plan("auto", 1 << 40, weights="bf16")
+    with pytest.raises(MemoryPlanError, match="packed experts need .* experts 'mapped' need"):
+        plan("packed", needed - 1)
+    with pytest.raises(ConfigError, match="experts is 'packed' with bf16 experts"):
+        plan("packed", 1 << 40, "bf16")
+
+
+def test_unknown_placing_is_named() -> None:
+    with pytest.raises(ConfigError, match="experts is 'pinned'; expected 'auto', 'mapped' or 'packed'"):
+        EngineConfig(experts="pinned")  # type: ignore[arg-type]
