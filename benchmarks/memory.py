@@ -46,7 +46,9 @@ def main() -> None:
         checkpoint.config, checkpoint.expert_format, engine, resolved.memory_limit_bytes, resolved.threads
     )
     start = time.perf_counter()
-    runner = NativeRunner(checkpoint, engine.weights, engine.max_batch_tokens)
+    runner = NativeRunner(
+        checkpoint, engine.weights, engine.max_batch_tokens, packs_experts=plan.packs_experts
+    )
     load_seconds = time.perf_counter() - start
     runner.wait_until_resident()
     runner.allocate_cache(plan.num_full_blocks, plan.num_window_blocks)

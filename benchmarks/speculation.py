@@ -89,6 +89,7 @@ async def timed(engine: LocalEngine, dictation: Dictation, task: Task) -> float:
 async def measure(model: str, given: list[Task], rounds: int) -> None:
     longest = max(len(task.prompt) + len(task.answer) for task in given) + 1
     engine = create_engine(model, EngineConfig(context_length=longest, max_sequences=1))
+    await engine.wait_until_resident()
     worker = engine._worker
     dictation = Dictation(worker._runner)
     worker._runner = dictation

@@ -168,6 +168,9 @@ class _Bench:
         try:
             meter = Meter(engine, np.random.default_rng(self._options.seed))
             ready_seconds = load_seconds + await meter.prefill_seconds(1)
+            if isinstance(engine, LocalEngine):
+                self._progress("waiting for the experts")
+                await engine.wait_until_resident()
             # A whole chunk goes through nearly every expert, so that no row waits for the disk.
             warm_up = min(self._config.max_batch_tokens, engine.info.context_length - 1)
             await meter.prefill_seconds(warm_up)

@@ -159,6 +159,12 @@ class LocalEngine:
                 if event.finish_reason == "aborted":
                     raise EngineClosed("the engine was closed before the logits were computed")
 
+    async def wait_until_resident(self) -> None:
+        """Return when weights are where they stay: files read, experts packed. For measuring; steps need not."""
+        wait = getattr(self._worker.runner, "wait_until_resident", None)  # not every runner has work left
+        if wait is not None:
+            await asyncio.to_thread(wait)
+
     async def close(self) -> None:
         """End running requests with "aborted", then thread and runner. A second call does nothing."""
         self._worker.stop()

@@ -71,6 +71,11 @@ class Worker:
         self._thread = threading.Thread(target=self._run, name="harmonium-engine", daemon=True)
         self._thread.start()
 
+    @property
+    def runner(self) -> Runner:
+        """What it steps; nobody else may."""
+        return self._runner
+
     def check_open(self) -> None:
         """Raises EngineClosed, EngineBusy when a request could not be taken now."""
         with self._changed:

@@ -77,4 +77,6 @@ def test_wrong_arrays_are_named() -> None:
         short = np.ascontiguousarray(arrays[0][:, :, :-64])
         native.moe_packed(x, *route, short, *arrays[1:], out, LIMIT, ALPHA)
     with pytest.raises(ValueError, match="packed has size 1 along axis 0; expected 2"):
-        native.pack_mxfp4(layer.gate_up[0][0], layer.gate_up[1][0], np.zeros((1, arrays[0].shape[2]), np.uint8))
+        native.pack_mxfp4(
+            layer.gate_up[0][0], layer.gate_up[1][0], np.zeros((1, arrays[0].shape[2]), np.uint8)
+        )
