@@ -160,7 +160,7 @@ class LocalEngine:
                     raise EngineClosed("the engine was closed before the logits were computed")
 
     async def wait_until_resident(self) -> None:
-        """Return when weights are where they stay: files read, experts packed. For measuring; steps need not."""
+        """Return when weights are where they stay: files read, experts packed. Steps need not wait."""
         wait = getattr(self._worker.runner, "wait_until_resident", None)  # not every runner has work left
         if wait is not None:
             await asyncio.to_thread(wait)

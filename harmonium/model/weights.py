@@ -196,7 +196,7 @@ class LayerWeights:
             self.router_weight_ED,
             self.router_bias_E,
         )
-        biases = sum(
+        biases: int = sum(
             array.nbytes for array in self.experts.mapped if array.dtype == np.uint16 and array.ndim == 2
         )
         return self.qkv.nbytes + self.out.nbytes + sum(array.nbytes for array in small) + biases

@@ -73,7 +73,7 @@ def test_wrong_arrays_are_named() -> None:
     x, route, out = normal(1, 2, 64), routes(2, 2, 3, 1), np.zeros((2, 64), np.float32)
     with pytest.raises(ValueError, match="down_packed has size 2 along axis 0; expected 3"):
         native.moe_packed(x, *route, *arrays[:2], arrays[2][:2], arrays[3], out, LIMIT, ALPHA)
-    with pytest.raises(ValueError, match="gate_up_packed has size .* along axis 2; expected"):
+    with pytest.raises(ValueError, match=r"gate_up_packed has size .* along axis 2; expected"):
         short = np.ascontiguousarray(arrays[0][:, :, :-64])
         native.moe_packed(x, *route, short, *arrays[1:], out, LIMIT, ALPHA)
     with pytest.raises(ValueError, match="packed has size 1 along axis 0; expected 2"):

@@ -71,7 +71,7 @@ def test_experts_are_packed_only_where_memory_is_left_over() -> None:
     assert not plan("auto", needed + PACKING_SPARE_BYTES - 1)
     assert plan("packed", needed) and not plan("mapped", 1 << 40)
     assert not plan("auto", 1 << 40, "bf16") and not plan("auto", 1 << 40, weights="bf16")
-    with pytest.raises(MemoryPlanError, match="packed experts need .* experts 'mapped' need"):
+    with pytest.raises(MemoryPlanError, match=r"packed experts need .* experts 'mapped' need"):
         plan("packed", needed - 1)
     with pytest.raises(ConfigError, match="experts is 'packed' with bf16 experts"):
         plan("packed", 1 << 40, "bf16")
