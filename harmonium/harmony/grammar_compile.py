@@ -135,6 +135,8 @@ def compile_texts(
     when others' formats keep the compiling threads busy.
     """
     limits = limits or GrammarLimits()
+    if formats:
+        tokenizer()  # built once in a process, so not out of the time of the request that came first
     deadline = time.monotonic() + limits.compile_seconds
     done: dict[str, CompiledText] = {}
     running: dict[str, Future[CompiledText]] = {}
