@@ -75,6 +75,8 @@ class EngineConfig:
     experts: "packed" copies MXFP4 experts into memory of the process while the first answers run, and is
         faster; "mapped" uses the files' pages, which the system can take back; "auto" packs if there is room.
     lora: adapters that requests may ask for.
+    stall_seconds: about how long a step with prompt tokens may keep sequences that decode waiting; prompts
+        are then computed in smaller pieces. 0: no such limit.
     """
 
     weights: Weights = "int8"
@@ -88,6 +90,7 @@ class EngineConfig:
     prefix_cache: bool = True
     speculation: Speculation = "ngram"
     experts: Experts = "auto"
+    stall_seconds: float = 0.4
     lora: tuple[LoraSource, ...] = ()
 
     def __post_init__(self) -> None:
@@ -97,6 +100,8 @@ class EngineConfig:
             raise ConfigError(f"isa is {self.isa!r}; expected one of {', '.join(ISA_NAMES)}")
         if self.speculation not in ("ngram", "off"):
             raise ConfigError(f"speculation is {self.speculation!r}; expected 'ngram' or 'off'")
+        if not 0.0 <= self.stall_seconds <= 3600.0:  # NaN fails it too
+            raise ConfigError(f"stall_seconds is {self.stall_seconds!r}; expected 0 (no limit) to 3600")
         if self.experts not in ("auto", "mapped", "packed"):
             raise ConfigError(f"experts is {self.experts!r}; expected 'auto', 'mapped' or 'packed'")
         if not isinstance(self.prefix_cache, bool):

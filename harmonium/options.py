@@ -137,6 +137,13 @@ def _add_running(parent: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         help="guess tokens from text that came before and check several in a step (same answers)",
     )
     group.add_argument(
+        "--stall-seconds",
+        type=float,
+        default=0.4,
+        metavar="S",
+        help="about how long a new prompt may hold up running answers at a time; 0: no limit (default 0.4)",
+    )
+    group.add_argument(
         "--experts",
         choices=("auto", "mapped", "packed"),
         default="auto",
@@ -291,4 +298,5 @@ def engine_config(arguments: argparse.Namespace) -> EngineConfig:
         speculation=arguments.speculation,
         lora=tuple(map(lora_source, getattr(arguments, "lora", ()))),
         experts=arguments.experts,
+        stall_seconds=arguments.stall_seconds,
     )

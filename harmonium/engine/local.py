@@ -17,6 +17,7 @@ from harmonium.engine.adapters import AdapterTable, ServedAdapter
 from harmonium.engine.admission import check_adapter, check_request, check_token_ids
 from harmonium.engine.blocks import PagedCache
 from harmonium.engine.drafts import PromptLookup, decode_cost
+from harmonium.engine.pace import PrefillPace
 from harmonium.engine.protocol import EngineInfo, Request, Token, TokenEvent
 from harmonium.engine.scheduler import Scheduler
 from harmonium.engine.scores import PromptScores
@@ -51,8 +52,8 @@ class LocalEngine:
         """Take over a runner whose cache is allocated with these numbers of blocks; `close` closes it.
 
         context_length: prompt plus answer, in tokens. config: max_sequences, max_batch_tokens (cut to the
-        runner's), max_queue, prefix_cache and speculation are read; None: the defaults. adapters: those that
-        the runner holds, and what requests call them.
+        runner's), max_queue, prefix_cache, speculation and stall_seconds are read; None: the defaults.
+        adapters: those that the runner holds, and what requests call them.
 
         Raises ConfigError when the cache could not hold one sequence of context_length tokens.
         """
@@ -64,6 +65,7 @@ class LocalEngine:
             min(config.max_batch_tokens, runner.max_batch_tokens),
             PromptLookup() if config.speculation == "ngram" else None,
             decode_cost(runner.config),
+            PrefillPace(config.stall_seconds, config.max_batch_tokens) if config.stall_seconds else None,
         )
         self._adapters = AdapterTable(adapters)
         self._info = EngineInfo(

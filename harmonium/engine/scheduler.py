@@ -1,9 +1,10 @@
 """Which tokens the next step computes.
 
 Continuous batching: every step takes one token of each sequence that decodes, then fills what is left of
-max_batch_tokens with prefill, first of the sequences that run already, then of those that wait, in order of
-arrival. When blocks run out, the sequence that arrived last goes back to the head of the queue with its
-tokens kept; it never takes a block from one that arrived before it, so the oldest always gets on.
+max_batch_tokens (of the pace, while anybody decodes) with prefill, first of the sequences that run already,
+then of those that wait, in order of arrival. When blocks run out, the sequence that arrived last goes back to
+the head of the queue with its tokens kept; it never takes a block from one that arrived before it, so the
+oldest always gets on.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 
 from harmonium.engine.blocks import PagedCache
 from harmonium.engine.drafts import MAX_DRAFT_TOKENS, Drafter
+from harmonium.engine.pace import PrefillPace
 from harmonium.engine.protocol import FinishReason
 from harmonium.engine.sequence import Advance, Sequence
 from harmonium.model.batch import Batch, RowSampling, StepResult
@@ -62,8 +64,12 @@ class Scheduler:
         max_batch_tokens: int,
         drafter: Drafter | None = None,
         cost: Callable[[int], float] = float,
+        pace: PrefillPace | None = None,
     ) -> None:
-        """drafter: who guesses tokens, None: nobody. cost: of a step, by its number of tokens."""
+        """drafter: who guesses tokens, None: nobody. cost: of a step, by its number of tokens. pace: limits
+        prefill while sequences decode; None: max_batch_tokens alone does.
+        """
+        self.pace = pace
         self.cache = cache
         self._drafter = drafter
         self._cost = cost
@@ -101,6 +107,8 @@ class Scheduler:
         num_left = self._max_batch_tokens
         is_short = False
         for is_prefill in (False, True):
+            if is_prefill and chunks and self.pace is not None:
+                num_left = min(num_left, self.pace.limit)
             for sequence in [s for s in self.running if (s.num_pending > 1) is is_prefill]:
                 if sequence.lease is None:
                     continue  # preempted a moment ago

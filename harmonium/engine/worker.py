@@ -164,12 +164,21 @@ class Worker:
         if not chunks:
             return
         self._num_steps += 1
+        start = time.perf_counter()
         try:
             result = self._compute(chunks)
         except Exception as error:
             self._retry_alone(chunks, error)
             return
+        self._keep_pace(chunks, time.perf_counter() - start)
         self._commit(chunks, result)
+
+    def _keep_pace(self, chunks: list[Chunk], seconds: float) -> None:
+        """Tell the pace what a step took that computed prompts while sequences waited for a token."""
+        num_decoding = sum(chunk.sequence.num_pending == 1 for chunk in chunks)
+        pace = self._scheduler.pace
+        if pace is not None and 0 < num_decoding < len(chunks):
+            pace.settle(sum(chunk.num_tokens for chunk in chunks) - num_decoding, seconds)
 
     def _with_masks(self, chunks: list[Chunk]) -> list[Chunk]:
         """The chunks, those that get a token with their masks; one whose constraint raises ends alone."""

@@ -24,6 +24,7 @@ def make_engine(
     max_queue: int = 256,
     prefix_cache: bool = True,
     speculation: str = "ngram",
+    stall_seconds: float = 0.4,
     adapters: Sequence[str] = (),
 ) -> LocalEngine:
     runner = runner or FakeRunner()
@@ -40,6 +41,7 @@ def make_engine(
             max_queue=max_queue,
             prefix_cache=prefix_cache,
             speculation=speculation,  # type: ignore[arg-type]
+            stall_seconds=stall_seconds,
         ),
         adapters=[ServedAdapter(name, index, f"digest of {name}") for index, name in enumerate(adapters)],
     )
