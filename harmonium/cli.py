@@ -222,12 +222,20 @@ def run_serve(arguments: argparse.Namespace) -> int:
     return serve(arguments, engine_config(arguments))
 
 
+def run_eval(arguments: argparse.Namespace) -> int:
+    """`harmonium eval`."""
+    from harmonium.evals.command import run_eval
+
+    return run_eval(arguments)
+
+
 COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "inspect": run_inspect,
     "generate": run_generate,
     "chat": run_chat,
     "bench": run_bench,
     "serve": run_serve,
+    "eval": run_eval,
 }
 
 

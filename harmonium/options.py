@@ -14,6 +14,7 @@ from typing import Literal, NoReturn
 from harmonium import __version__
 from harmonium.config import ISA_NAMES, EngineConfig, LoraSource
 from harmonium.errors import ConfigError
+from harmonium.eval_options import add_eval
 from harmonium.serve_options import add_serving, add_vllm_flags
 
 Effort = Literal["low", "medium", "high"]
@@ -90,6 +91,9 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     _add_chat(add("chat", "Talk with the model, or ask it one question.", model, lora, sampling))
     _add_bench(add("bench", "Measure prefill and decode on this machine.", model))
     add_serve_options(add("serve", "Serve the model over HTTP, as OpenAI's API does."))
+    evaluation = add("eval", "Ask a benchmark's questions over HTTP, judge the answers, write a report.")
+    add_eval(evaluation)
+    _add_running(evaluation)
     return parser, commands
 
 
