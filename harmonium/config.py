@@ -77,6 +77,8 @@ class EngineConfig:
     lora: adapters that requests may ask for.
     stall_seconds: about how long a step with prompt tokens may keep sequences that decode waiting; prompts
         are then computed in smaller pieces. 0: no such limit.
+    cache_dir: folder in which computed prefixes are kept, so that they are there after a restart; None: not.
+    cache_limit_bytes: what that folder may take for one model; the least recently used goes first.
     """
 
     weights: Weights = "int8"
@@ -91,6 +93,8 @@ class EngineConfig:
     speculation: Speculation = "ngram"
     experts: Experts = "auto"
     stall_seconds: float = 0.4
+    cache_dir: str | Path | None = None
+    cache_limit_bytes: int = 10 << 30
     lora: tuple[LoraSource, ...] = ()
 
     def __post_init__(self) -> None:
@@ -114,6 +118,7 @@ class EngineConfig:
             ("context_length", self.context_length, 1 << 24),
             ("threads", self.threads, MAX_THREADS),
             ("memory_limit_bytes", self.memory_limit_bytes, 1 << 60),
+            ("cache_limit_bytes", self.cache_limit_bytes, 1 << 60),
         ):
             if value is not None:
                 _check_range(name, value, 1, high)

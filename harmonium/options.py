@@ -141,6 +141,16 @@ def _add_running(parent: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         help="guess tokens from text that came before and check several in a step (same answers)",
     )
     group.add_argument(
+        "--cache-dir", metavar="DIR", help="keep computed prompts there, for answers after a restart"
+    )
+    group.add_argument(
+        "--cache-limit",
+        type=memory_bytes,
+        default=10 << 30,
+        metavar="SIZE",
+        help="most that the folder may take for a model (default 10GiB)",
+    )
+    group.add_argument(
         "--stall-seconds",
         type=float,
         default=0.4,
@@ -303,4 +313,6 @@ def engine_config(arguments: argparse.Namespace) -> EngineConfig:
         lora=tuple(map(lora_source, getattr(arguments, "lora", ()))),
         experts=arguments.experts,
         stall_seconds=arguments.stall_seconds,
+        cache_dir=arguments.cache_dir,
+        cache_limit_bytes=arguments.cache_limit,
     )

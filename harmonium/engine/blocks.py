@@ -14,13 +14,35 @@ part are kept longest ("warm"); those that merely left a window go first ("cold"
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 import numpy.typing as npt
 
+from harmonium.checkpoint.model_config import LayerKind
 from harmonium.engine.pool import ABSENT, BlockPool
-from harmonium.engine.prefix import PrefixIndex, PrefixNode
+from harmonium.engine.prefix import PrefixIndex, PrefixNode, next_digest, salt_digest
 
 TokenIds = npt.NDArray[np.int32]
+
+RESTORED_AT_ONCE = 64
+"""Blocks that `restore` reads in one call (50 MB for a 20b), so that those that run wait for it briefly."""
+
+
+class BlockStorage(Protocol):
+    """Keeps what complete blocks hold, outside the pools."""
+
+    def has(self, digest: bytes, kind: LayerKind) -> bool:
+        """Whether it seems to have that block."""
+        ...
+
+    def save(self, node: PrefixNode, kind: LayerKind) -> None:
+        """Keep the node's block of that kind, as it is now, unless it is kept."""
+        ...
+
+    def load(self, digest: bytes, parent: bytes, token_bytes: bytes, kind: LayerKind, block: int) -> bool:
+        """Fill a block of the pool; False when it has none that is whole."""
+        ...
 
 
 class Lease:
@@ -70,7 +92,11 @@ class PagedCache:
         max_sequences: int,
         max_tokens: int,
         prefix_cache: bool = True,
+        storage: BlockStorage | None = None,
     ) -> None:
+        """storage: where complete blocks are kept besides, None: nowhere."""
+        self._storage = storage if prefix_cache else None
+        self.num_restored = 0
         self.block_tokens = block_tokens
         self.window = window
         self.full = BlockPool(num_full_blocks, self._forget_node)
@@ -168,6 +194,8 @@ class PagedCache:
         start = self._first_visible(lease.num_computed)
         for i in range(lease.window_start, min(start, lease.num_blocks)):
             is_warm = any(anchor - self.window_blocks_before <= i < anchor for anchor in lease.anchors)
+            if is_warm:
+                self._save_window(lease, i)
             self.windowed.release(int(self.window_block_SB[lease.row, i]), is_warm)
             self.window_block_SB[lease.row, i] = ABSENT
         lease.window_start = start
@@ -186,6 +214,8 @@ class PagedCache:
                 return
             self.full.node_of[full] = node
             self.windowed.node_of[windowed] = node
+            if self._storage is not None:
+                self._storage.save(node, "full")
         else:
             self.full.share(node.full_block)
             self.full.release(full)
@@ -201,6 +231,11 @@ class PagedCache:
 
     def close(self, lease: Lease) -> None:
         """Give everything back. Last blocks first, so that a chain is forgotten from its end."""
+        # The end of a chain is where its next turn resumes; what lies before left the window long ago.
+        for i in range(
+            max(lease.window_start, len(lease.nodes) - self.window_blocks_before), len(lease.nodes)
+        ):
+            self._save_window(lease, i)
         for i in range(lease.num_blocks - 1, -1, -1):
             self.full.release(int(self.full_block_SB[lease.row, i]))
             if i >= lease.window_start:
@@ -209,6 +244,97 @@ class PagedCache:
         self.window_block_SB[lease.row, : lease.num_blocks] = ABSENT
         del self._leases[lease.row]
         self._rows.append(lease.row)
+
+    def _save_window(self, lease: Lease, i: int) -> None:
+        if self._storage is not None and i < len(lease.nodes) and lease.nodes[i].window_block != ABSENT:
+            self._storage.save(lease.nodes[i], "window")
+
+    def restore(self, token_ids: TokenIds, salt: str) -> bool:
+        """Bring some of a prefix's stored blocks into the pools, as cached ones. True while more is to come.
+
+        Only when the sequence could then resume further on than from what the pools hold.
+        """
+        if self._storage is None:
+            return False
+        nodes, num_resumed = self._match(token_ids, salt)
+        end = self._resumable_end(nodes, self._stored_chain(nodes, token_ids, salt))
+        if end <= num_resumed:
+            return False
+        for node in nodes:  # held, so that what comes takes none of their places
+            self.full.share(node.full_block)
+        stop = min(end, len(nodes) + RESTORED_AT_ONCE)
+        is_whole = end - len(nodes) <= self.full.num_available
+        while is_whole and len(nodes) < stop:
+            is_whole = self._load_full(nodes, token_ids, salt)
+        if is_whole and stop == end:
+            is_whole = all(self._load_window(nodes[i]) for i in self._tail(end))
+        for node in reversed(nodes):  # so that a chain is forgotten from its end
+            self.full.release(node.full_block)
+        return is_whole and stop < end
+
+    def _tail(self, end: int) -> range:
+        """The blocks whose window keys are needed to resume after `end` blocks."""
+        return range(max(0, end - self.window_blocks_before), end)
+
+    def _stored_chain(self, nodes: list[PrefixNode], token_ids: TokenIds, salt: str) -> list[bytes]:
+        """Hashes of the nodes, and of the blocks behind them for as long as their full blocks are stored."""
+        assert self._storage is not None
+        P = self.block_tokens
+        digests = [node.digest for node in nodes]
+        before = digests[-1] if digests else salt_digest(salt)
+        for i in range(len(nodes), (len(token_ids) - 1) // P):
+            before = next_digest(before, token_ids[i * P : (i + 1) * P].tobytes())
+            if not self._storage.has(before, "full"):
+                break
+            digests.append(before)
+        return digests
+
+    def _resumable_end(self, nodes: list[PrefixNode], digests: list[bytes]) -> int:
+        """After how many blocks of the chain a sequence could resume, with what is cached and stored."""
+        assert self._storage is not None
+        for end in range(len(digests), 0, -1):
+            if all(
+                (i < len(nodes) and nodes[i].window_block != ABSENT)
+                or self._storage.has(digests[i], "window")
+                for i in self._tail(end)
+            ):
+                return end
+        return 0
+
+    def _load_full(self, nodes: list[PrefixNode], token_ids: TokenIds, salt: str) -> bool:
+        """Load the block behind the nodes; its node is held and added to them."""
+        assert self._storage is not None
+        i, P = len(nodes), self.block_tokens
+        parent = nodes[-1] if nodes else None
+        before = parent.digest if parent is not None else salt_digest(salt)
+        token_bytes = token_ids[i * P : (i + 1) * P].tobytes()
+        block = self.full.take()
+        node = None
+        if self._storage.load(next_digest(before, token_bytes), before, token_bytes, "full", block):
+            node = self.index.insert(parent, salt, token_bytes, block, ABSENT)
+        if node is None:
+            self.full.release(block)
+            return False
+        self.full.node_of[block] = node
+        nodes.append(node)
+        self.num_restored += 1
+        return True
+
+    def _load_window(self, node: PrefixNode) -> bool:
+        assert self._storage is not None
+        if node.window_block != ABSENT:
+            return True
+        if not self.windowed.num_available:
+            return False
+        block = self.windowed.take()
+        is_loaded = node.window_block == ABSENT and self._storage.load(
+            node.digest, node.parent_digest, node.token_bytes, "window", block
+        )
+        if is_loaded:
+            node.window_block = block
+            self.windowed.node_of[block] = node
+        self.windowed.release(block)
+        return is_loaded
 
     def _forget_node(self, node: PrefixNode) -> None:
         self.index.remove(node)

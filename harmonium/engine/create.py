@@ -6,13 +6,23 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
 
 from harmonium.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from harmonium.checkpoint.lora import LoraFiles, open_lora
 from harmonium.checkpoint.model_config import ModelConfig
-from harmonium.config import EngineConfig, Hardware, Resolved, environment_config, probe_hardware, resolve
+from harmonium.config import (
+    CACHE_BLOCK_TOKENS,
+    EngineConfig,
+    Hardware,
+    Resolved,
+    environment_config,
+    probe_hardware,
+    resolve,
+)
 from harmonium.engine.adapters import ServedAdapter
+from harmonium.engine.disk import BlockFiles
 from harmonium.engine.local import LocalEngine
 from harmonium.errors import CheckpointError, ConfigError, MemoryPlanError
 from harmonium.kernels.runtime import configure, supported_isa
@@ -130,6 +140,11 @@ def create_engine(
     except BaseException:
         plan.close()
         raise
+    try:
+        block_files = _open_block_files(plan)
+    except BaseException:
+        runner.close()
+        raise
     served = enumerate(zip(plan.adapters, loaded, strict=True))
     return LocalEngine(
         runner,
@@ -139,7 +154,19 @@ def create_engine(
         num_window_blocks=memory.num_window_blocks,
         config=resolved.config,
         adapters=[ServedAdapter(name, index, adapter.digest) for index, (name, adapter) in served],
+        block_files=block_files,
     )
+
+
+def _open_block_files(plan: EnginePlan) -> BlockFiles | None:
+    """The folder of cached blocks that fit this model as it is run here. Raises ConfigError."""
+    config = plan.resolved.config
+    if config.cache_dir is None or not config.prefix_cache:
+        return None
+    # Whatever changes the numbers in a block; adapters are part of each block's chain.
+    depends = f"1 {plan.checkpoint.fingerprint()} {config.weights} {plan.resolved.isa} {CACHE_BLOCK_TOKENS}"
+    name = blake2b(depends.encode(), digest_size=12).hexdigest()
+    return BlockFiles(Path(config.cache_dir) / name, config.cache_limit_bytes)
 
 
 def _log_plan(plan: EnginePlan) -> None:

@@ -16,6 +16,7 @@ from harmonium.config import CACHE_BLOCK_TOKENS, EngineConfig
 from harmonium.engine.adapters import AdapterTable, ServedAdapter
 from harmonium.engine.admission import check_adapter, check_request, check_token_ids
 from harmonium.engine.blocks import PagedCache
+from harmonium.engine.disk import BlockFiles, RunnerBlocks, StoredBlocks
 from harmonium.engine.drafts import PromptLookup, decode_cost
 from harmonium.engine.pace import PrefillPace
 from harmonium.engine.protocol import EngineInfo, Request, Token, TokenEvent
@@ -48,17 +49,22 @@ class LocalEngine:
         num_window_blocks: int,
         config: EngineConfig | None = None,
         adapters: Sequence_[ServedAdapter] = (),
+        block_files: BlockFiles | None = None,
     ) -> None:
         """Take over a runner whose cache is allocated with these numbers of blocks; `close` closes it.
 
         context_length: prompt plus answer, in tokens. config: max_sequences, max_batch_tokens (cut to the
         runner's), max_queue, prefix_cache, speculation and stall_seconds are read; None: the defaults.
-        adapters: those that the runner holds, and what requests call them.
+        adapters: those that the runner holds, and what requests call them. block_files: where computed
+        prefixes are kept on disk, for a runner whose blocks can be read (RunnerBlocks); closed with it.
 
         Raises ConfigError when the cache could not hold one sequence of context_length tokens.
         """
         config = config or EngineConfig()
-        cache = _make_cache(runner.config, context_length, num_full_blocks, num_window_blocks, config)
+        storage = None if block_files is None else StoredBlocks(block_files, _with_blocks(runner))
+        cache = _make_cache(
+            runner.config, context_length, num_full_blocks, num_window_blocks, config, storage
+        )
         scheduler = Scheduler(
             cache,
             config.max_sequences,
@@ -72,7 +78,8 @@ class LocalEngine:
             model_name, context_length, runner.config.vocabulary_size, "local", self._adapters.names
         )
         self._worker = Worker(scheduler, runner, config.max_sequences + config.max_queue)
-        self._finalizer = weakref.finalize(self, _shut_down, self._worker)
+        self._files = block_files
+        self._finalizer = weakref.finalize(self, _shut_down, self._worker, block_files)
 
     @property
     def info(self) -> EngineInfo:
@@ -171,6 +178,8 @@ class LocalEngine:
         """End running requests with "aborted", then thread and runner. A second call does nothing."""
         self._worker.stop()
         await asyncio.to_thread(self._worker.join)
+        if self._files is not None:
+            await asyncio.to_thread(self._files.close)
         self._finalizer.detach()
 
 
@@ -180,6 +189,7 @@ def _make_cache(
     num_full_blocks: int,
     num_window_blocks: int,
     config: EngineConfig,
+    storage: StoredBlocks | None,
 ) -> PagedCache:
     window = model.window
     if "window" not in model.layer_kinds:
@@ -193,6 +203,7 @@ def _make_cache(
         max_sequences=config.max_sequences,
         max_tokens=context_length,
         prefix_cache=config.prefix_cache,
+        storage=storage,
     )
     least_full = -(-context_length // CACHE_BLOCK_TOKENS)
     least_window = min(least_full, cache.window_blocks_before + 1)
@@ -208,6 +219,16 @@ def _make_cache(
     return cache
 
 
-def _shut_down(worker: Worker) -> None:
+def _with_blocks(runner: Runner) -> RunnerBlocks:
+    if not isinstance(runner, RunnerBlocks):
+        raise ConfigError(
+            f"a cache folder needs a runner whose blocks can be read; {type(runner).__name__} is none"
+        )
+    return runner
+
+
+def _shut_down(worker: Worker, files: BlockFiles | None) -> None:
     worker.stop()
     worker.join()
+    if files is not None:
+        files.close()

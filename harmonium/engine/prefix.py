@@ -39,6 +39,11 @@ class PrefixNode:
         self.full_block = full_block
         self.window_block = window_block
 
+    @property
+    def parent_digest(self) -> bytes:
+        """The parent's hash, the salt's for a first block."""
+        return self.parent.digest if self.parent is not None else salt_digest(self.salt)
+
     def holds(self, parent: PrefixNode | None, salt: str, token_bytes: bytes) -> bool:
         """Whether this is that block and no other of the same hash."""
         return self.parent is parent and self.token_bytes == token_bytes and self.salt == salt
@@ -46,9 +51,17 @@ class PrefixNode:
 
 def chain_digest(parent: PrefixNode | None, salt: str, token_bytes: bytes) -> bytes:
     """Hash of a block: over its parent's hash (over the salt, for a first block) and its token ids."""
-    before = (
-        parent.digest if parent is not None else blake2b(salt.encode(), digest_size=DIGEST_BYTES).digest()
-    )
+    before = parent.digest if parent is not None else salt_digest(salt)
+    return next_digest(before, token_bytes)
+
+
+def salt_digest(salt: str) -> bytes:
+    """What stands for the parent of a first block."""
+    return blake2b(salt.encode(), digest_size=DIGEST_BYTES).digest()
+
+
+def next_digest(before: bytes, token_bytes: bytes) -> bytes:
+    """Hash of a block behind another of that hash."""
     return blake2b(before + token_bytes, digest_size=DIGEST_BYTES).digest()
 
 

@@ -119,7 +119,7 @@ class Scheduler:
                     chunks.append(Chunk(sequence, num_tokens))
                     num_left -= num_tokens
         while not is_short and self.waiting and num_left and len(self.running) < self._max_running:
-            chunk, is_short = self._admit(num_left)
+            chunk, is_short = self._admit(num_left, is_alone=not chunks)
             if chunk is not None:
                 chunks.append(chunk)
                 num_left -= chunk.num_tokens
@@ -182,11 +182,16 @@ class Scheduler:
         self.cache.close(sequence.lease)
         sequence.lease = None
 
-    def _admit(self, num_left: int) -> tuple[Chunk | None, bool]:
-        """Start the first that waits. (its chunk or None, whether blocks were too few for all it asked)."""
+    def _admit(self, num_left: int, is_alone: bool) -> tuple[Chunk | None, bool]:
+        """Start the first that waits. (its chunk or None, whether blocks were too few for all it asked).
+
+        is_alone: nobody else computes in this step, so all of its stored prefix may be read at once.
+        """
         sequence = self.waiting[0]
         if sequence.blocked_at == self.cache.full.num_released:
             return None, True  # nothing was given back since it last found no room
+        if sequence.returned_logits is None and self._restore(sequence, is_alone):
+            return None, True
         lease = self.cache.open(
             sequence.token_ids,
             sequence.cache_key,
@@ -209,6 +214,13 @@ class Scheduler:
             sequence.num_cached_tokens = lease.num_computed
         self.running.append(self.waiting.popleft())
         return Chunk(sequence, num_tokens), num_tokens < wanted
+
+    def _restore(self, sequence: Sequence, is_alone: bool) -> bool:
+        """Read what is stored of its prefix; True while more is to come, in later steps."""
+        while self.cache.restore(sequence.token_ids, sequence.cache_key):
+            if not is_alone:
+                return True
+        return False
 
     def commit(self, chunks: list[Chunk], result: StepResult) -> list[Progress]:
         """Take a step's result: append tokens, give back what left the window, remove what ended."""

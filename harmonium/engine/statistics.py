@@ -14,7 +14,8 @@ class EngineStatistics:
     waiting counts the preempted too. num_prefill_tokens counts computed prompt tokens (again after a
     preemption), num_answer_tokens sampled ones, num_forced_tokens those that constraints put behind them.
     constraint_seconds: time that the engine waited for masks. num_cached_tokens: tokens not computed because
-    their blocks were cached, in num_prefix_hits resumptions. num_draft_tokens: tokens guessed, in num_drafts
+    their blocks were cached, in num_prefix_hits resumptions. num_restored_blocks: full-attention blocks read
+    from the cache folder. num_draft_tokens: tokens guessed, in num_drafts
     guesses; num_accepted_draft_tokens: those that came true. finished: how many requests ended for each
     reason.
     """
@@ -35,6 +36,7 @@ class EngineStatistics:
     num_cached_tokens: int = 0
     num_prefix_hits: int = 0
     num_preemptions: int = 0
+    num_restored_blocks: int = 0
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_draft_tokens: int = 0

@@ -301,6 +301,7 @@ class Worker:
             num_cached_tokens=scheduler.num_cached_tokens,
             num_prefix_hits=scheduler.num_prefix_hits,
             num_preemptions=scheduler.num_preemptions,
+            num_restored_blocks=cache.num_restored,
             num_drafts=scheduler.num_drafts,
             num_draft_tokens=scheduler.num_draft_tokens,
             num_accepted_draft_tokens=scheduler.num_accepted_draft_tokens,

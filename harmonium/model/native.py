@@ -158,6 +158,26 @@ class NativeRunner:
             self._mix_experts(layer, index, adapters, hidden_TD, normed_TD)
         return self._finish(weights, batch, hidden_TD, normed_TD)
 
+    def read_block(self, kind: LayerKind, block: int) -> bytes:
+        """Keys and values (bf16) of one cache block, layer by layer of that kind. Between two steps only."""
+        return b"".join(half[block].tobytes() for half in self._halves(kind))
+
+    def write_block(self, kind: LayerKind, block: int, data: bytes) -> bool:
+        """What `read_block` gave, back into a block; False, and no change, for another number of bytes."""
+        halves = self._halves(kind)
+        if len(data) != sum(half[block].nbytes for half in halves):
+            return False
+        start = 0
+        for half in halves:
+            count = half[block].size
+            half[block] = np.frombuffer(data, np.uint16, count, start).reshape(half[block].shape)
+            start += 2 * count
+        return True
+
+    def _halves(self, kind: LayerKind) -> list[npt.NDArray[np.uint16]]:
+        layers = zip(self._config.layer_kinds, self._caches, strict=True)
+        return [half for layer_kind, pair in layers if layer_kind == kind for half in pair]
+
     def wait_until_resident(self) -> None:
         """Return when the weights that are used where they lie in the files have been read once.
 

@@ -113,6 +113,16 @@ class FakeRunner:
         self._window = np.zeros((num_window_blocks, P, 3), np.uint64)
         self._full[..., 0] = self._window[..., 0] = 2**63  # a position that no query asks for
 
+    def read_block(self, kind: LayerKind, block: int) -> bytes:
+        return (self._full if kind == "full" else self._window)[block].tobytes()
+
+    def write_block(self, kind: LayerKind, block: int, data: bytes) -> bool:
+        cache = self._full if kind == "full" else self._window
+        if len(data) != cache[block].nbytes:
+            return False
+        cache[block] = np.frombuffer(data, np.uint64).reshape(cache[block].shape)
+        return True
+
     def step(self, batch: Batch) -> StepResult:
         assert self._in_step.acquire(blocking=False), "two steps at once"
         try:

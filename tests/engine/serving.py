@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from harmonium.config import EngineConfig
 from harmonium.engine import LocalEngine, Request, TokenEvent
 from harmonium.engine.adapters import ServedAdapter
+from harmonium.engine.disk import BlockFiles
 from harmonium.model.batch import SamplingParams
 from tests.engine.fake_runner import FakeRunner
 
@@ -25,6 +26,7 @@ def make_engine(
     prefix_cache: bool = True,
     speculation: str = "ngram",
     stall_seconds: float = 0.4,
+    block_files: BlockFiles | None = None,
     adapters: Sequence[str] = (),
 ) -> LocalEngine:
     runner = runner or FakeRunner()
@@ -43,6 +45,7 @@ def make_engine(
             speculation=speculation,  # type: ignore[arg-type]
             stall_seconds=stall_seconds,
         ),
+        block_files=block_files,
         adapters=[ServedAdapter(name, index, f"digest of {name}") for index, name in enumerate(adapters)],
     )
 
