@@ -100,6 +100,11 @@ class LoraAdapter:
         """Bytes of memory held."""
         return sum(pair.nbytes for layer in self.layers for pair in layer.values())
 
+    @property
+    def max_rank(self) -> int:
+        """The largest rank of a pair."""
+        return max(pair.rank for layer in self.layers for pair in layer.values())
+
 
 @dataclass(frozen=True, slots=True)
 class _Placed:

@@ -26,7 +26,8 @@ from harmonium.engine.disk import BlockFiles
 from harmonium.engine.local import LocalEngine
 from harmonium.errors import CheckpointError, ConfigError, MemoryPlanError
 from harmonium.kernels.runtime import configure, supported_isa
-from harmonium.model.memory import MemoryPlan, adapter_bytes, plan_memory
+from harmonium.model.adapter_memory import adapter_bytes
+from harmonium.model.memory import MemoryPlan, plan_memory
 from harmonium.model.native import NativeRunner
 
 _log = logging.getLogger("harmonium.engine")
@@ -153,7 +154,11 @@ def create_engine(
         num_full_blocks=memory.num_full_blocks,
         num_window_blocks=memory.num_window_blocks,
         config=resolved.config,
-        adapters=[ServedAdapter(name, index, adapter.digest) for index, (name, adapter) in served],
+        adapters=[
+            ServedAdapter(name, index, adapter.digest, adapter.nbytes, adapter.max_rank)
+            for index, (name, adapter) in served
+        ],
+        adapter_limit_bytes=memory.limit_bytes - (memory.total_bytes - memory.adapter_bytes),
         block_files=block_files,
     )
 

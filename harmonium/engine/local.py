@@ -7,12 +7,14 @@ import weakref
 from collections.abc import AsyncGenerator
 from collections.abc import Sequence as Sequence_
 from contextlib import aclosing
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from harmonium.checkpoint.model_config import ModelConfig
-from harmonium.config import CACHE_BLOCK_TOKENS, EngineConfig
+from harmonium.config import CACHE_BLOCK_TOKENS, EngineConfig, LoraSource
+from harmonium.engine.adapter_updates import AdapterUpdates
 from harmonium.engine.adapters import AdapterTable, ServedAdapter
 from harmonium.engine.admission import check_adapter, check_request, check_token_ids
 from harmonium.engine.blocks import PagedCache
@@ -50,6 +52,7 @@ class LocalEngine:
         config: EngineConfig | None = None,
         adapters: Sequence_[ServedAdapter] = (),
         block_files: BlockFiles | None = None,
+        adapter_limit_bytes: int | None = None,
     ) -> None:
         """Take over a runner whose cache is allocated with these numbers of blocks; `close` closes it.
 
@@ -57,6 +60,7 @@ class LocalEngine:
         runner's), max_queue, prefix_cache, speculation and stall_seconds are read; None: the defaults.
         adapters: those that the runner holds, and what requests call them. block_files: where computed
         prefixes are kept on disk, for a runner whose blocks can be read (RunnerBlocks); closed with it.
+        adapter_limit_bytes: what adapters may take when more are loaded; None: any amount.
 
         Raises ConfigError when the cache could not hold one sequence of context_length tokens.
         """
@@ -78,6 +82,7 @@ class LocalEngine:
             model_name, context_length, runner.config.vocabulary_size, "local", self._adapters.names
         )
         self._worker = Worker(scheduler, runner, config.max_sequences + config.max_queue)
+        self._updates = AdapterUpdates(self._adapters, self._worker, runner, adapter_limit_bytes)
         self._files = block_files
         self._finalizer = weakref.finalize(self, _shut_down, self._worker, block_files)
 
@@ -107,15 +112,17 @@ class LocalEngine:
         that is slower than the model gets several tokens in an event.
         """
         check_request(request, self._info)
-        adapter = self._adapters.of(request)
-        sequence = Sequence(request, self._info.context_length, adapter=adapter)
-        async with aclosing(self._events(sequence)) as events:
+        async with aclosing(self._events(request)) as events:
             async for event in events:
                 yield event
 
-    async def _events(self, sequence: Sequence) -> AsyncGenerator[TokenEvent, None]:
+    async def _events(
+        self, request: Request, logits_chunk: int = 0, sink: LogitsSink | None = None
+    ) -> AsyncGenerator[TokenEvent, None]:
         stream = Stream()
-        self._worker.submit(sequence, stream)
+        with self._adapters.using(request.adapter) as adapter:
+            sequence = Sequence(request, self._info.context_length, logits_chunk, sink, adapter)
+            self._worker.submit(sequence, stream)
         try:
             while True:
                 event = await stream.next()
@@ -159,9 +166,7 @@ class LocalEngine:
             )
         check_token_ids(token_ids, self._info.vocabulary_size, "token_ids")
         request = Request("logits", token_ids, adapter=adapter)
-        served = self._adapters.of(request)
-        sequence = Sequence(request, self._info.context_length, LOGITS_CHUNK_TOKENS, sink, served)
-        async with aclosing(self._events(sequence)) as events:
+        async with aclosing(self._events(request, LOGITS_CHUNK_TOKENS, sink)) as events:
             async for event in events:
                 if event.finish_reason == "error":
                     raise EngineError(event.error or "the step failed")
@@ -173,6 +178,18 @@ class LocalEngine:
         wait = getattr(self._worker.runner, "wait_until_resident", None)  # not every runner has work left
         if wait is not None:
             await asyncio.to_thread(wait)
+
+    async def load_adapter(self, source: LoraSource) -> None:
+        """Serve one more LoRA adapter, as AdapterHost says. Steps go on while it is read."""
+        try:
+            await self._updates.load(source)
+        finally:
+            self._info = replace(self._info, adapters=self._adapters.names)
+
+    async def unload_adapter(self, name: str) -> None:
+        """Take no more requests for an adapter; its memory is given back when the last of them is over."""
+        await self._updates.unload(name)
+        self._info = replace(self._info, adapters=self._adapters.names)
 
     async def close(self) -> None:
         """End running requests with "aborted", then thread and runner. A second call does nothing."""

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
+from harmonium.config import LoraSource
 from harmonium.engine.constraint import Constraint
 from harmonium.model.batch import SamplingParams
 
@@ -108,4 +109,17 @@ class PromptScorer(Protocol):
         adapter: the LoRA adapter to compute with. The first token has none (logprob None). Raises what
         `Engine.admit` raises, and EngineError.
         """
+        ...
+
+
+@runtime_checkable
+class AdapterHost(Protocol):
+    """An engine whose LoRA adapters may change while it serves."""
+
+    async def load_adapter(self, source: LoraSource) -> None:
+        """Serve one more. Raises ConfigError, CheckpointError, MemoryPlanError, EngineClosed, EngineError."""
+        ...
+
+    async def unload_adapter(self, name: str) -> None:
+        """No new request may ask for it; those that use it go on. Raises RequestError when there is none."""
         ...

@@ -7,6 +7,8 @@ import logging
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Literal
 
@@ -44,6 +46,33 @@ class Stream:
         return TokenEvent(tuple(tokens), event.finish_reason, event.num_cached_tokens, event.error)
 
 
+class _Job:
+    """Work for the engine's thread, and the future of its end."""
+
+    def __init__(self, work: Callable[[Scheduler], bool]) -> None:
+        self._work = work
+        self.done: Future[None] = Future()
+
+    def try_once(self, scheduler: Scheduler) -> bool:
+        """Whether it is over, well or with an exception."""
+        try:
+            if not self._work(scheduler):
+                return False
+        except Exception as error:
+            self._settle(error)
+        else:
+            self._settle(None)
+        return True
+
+    def _settle(self, error: Exception | None) -> None:
+        if not self.done.set_running_or_notify_cancel():
+            return  # nobody waits any more
+        if error is None:
+            self.done.set_result(None)
+        else:
+            self.done.set_exception(error)
+
+
 class Worker:
     """Owns scheduler and runner, and the thread that uses them.
 
@@ -61,9 +90,11 @@ class Worker:
         self._streams: dict[Sequence, Stream] = {}
         self._arrived: list[Sequence] = []
         self._aborted: list[Sequence] = []
+        self._jobs: list[_Job] = []
         self._state: Literal["open", "closing"] = "open"
         self._defect: BaseException | None = None
         # Of the thread alone:
+        self._unfinished_jobs: list[_Job] = []
         self._finished: Counter[FinishReason] = Counter()
         self._num_steps = self._num_prefill_tokens = self._num_answer_tokens = self._num_forced_tokens = 0
         self._constraint_seconds = 0.0
@@ -104,6 +135,20 @@ class Worker:
                 self._aborted.append(sequence)
                 self._changed.notify()
 
+    def between_steps(self, work: Callable[[Scheduler], bool]) -> Future[None]:
+        """Do something on the engine's thread while no step is under way, again and again until it says True.
+
+        It may change the runner, and look at the scheduler, which has taken in all that came before the call.
+        What it raises, the future raises; an engine that closes first cancels it. Raises EngineClosed.
+        """
+        job = _Job(work)
+        with self._changed:
+            if self._defect is not None or self._state != "open":
+                raise EngineClosed("the engine is closed")
+            self._jobs.append(job)
+            self._changed.notify()
+        return job.done
+
     def stop(self) -> None:
         """End what runs with "aborted" after the step under way. Returns at once; `join` waits."""
         with self._changed:
@@ -130,12 +175,20 @@ class Worker:
     def _receive(self) -> bool:
         """Wait for work; take what came. False when the engine closes."""
         scheduler = self._scheduler
+        self._try_jobs([])  # some wait for what the last step ended
         while True:
             with self._changed:
-                while not (self._arrived or self._aborted or scheduler.has_work or self._state == "closing"):
+                while not (
+                    self._arrived
+                    or self._aborted
+                    or self._jobs
+                    or scheduler.has_work
+                    or self._state == "closing"
+                ):
                     self._changed.wait()
                 arrived, self._arrived = self._arrived, []
                 aborted, self._aborted = self._aborted, []
+                jobs, self._jobs = self._jobs, []
                 is_closing = self._state == "closing"
             for sequence in arrived:
                 if sequence in aborted:
@@ -146,9 +199,14 @@ class Worker:
             for sequence in aborted:
                 scheduler.remove(sequence)
                 self._finished["aborted"] += 1
+            self._try_jobs(jobs)
             if is_closing or scheduler.has_work:
                 return not is_closing
             self._publish()
+
+    def _try_jobs(self, more: list[_Job]) -> None:
+        jobs = [*self._unfinished_jobs, *more]
+        self._unfinished_jobs = [job for job in jobs if not job.try_once(self._scheduler)]
 
     def _begin(self, sequence: Sequence) -> None:
         """Queue a sequence; its constraint may have its first tokens, or its end, ready."""
@@ -274,10 +332,13 @@ class Worker:
             self._finished["aborted"] += len(self._aborted)
             self._arrived.clear()
             self._aborted.clear()
+            jobs, self._jobs = [*self._unfinished_jobs, *self._jobs], []
             defect = self._defect
         if defect is None:  # else the books may be wrong, and nobody will take a block again
             for sequence in [*self._scheduler.running, *self._scheduler.waiting]:
                 self._scheduler.remove(sequence)
+        for job in jobs:
+            job.done.cancel()
         reason: FinishReason = "aborted" if defect is None else "error"
         error = None if defect is None else _describe(defect)
         self._send([(s, TokenEvent((), reason, s.num_cached_tokens or 0, error)) for s in left])

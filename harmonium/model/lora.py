@@ -25,14 +25,17 @@ _QKV = ("attention.q", "attention.k", "attention.v")
 
 
 class AdapterSet:
-    """The adapters that a runner holds; a batch names them by their places here."""
+    """The adapters that a runner holds; a batch names them by their places here. None: an empty place."""
 
-    def __init__(self, adapters: Sequence[LoraAdapter], config: ModelConfig, max_batch_tokens: int) -> None:
+    def __init__(
+        self, adapters: Sequence[LoraAdapter | None], config: ModelConfig, max_batch_tokens: int
+    ) -> None:
         self.adapters = tuple(adapters)
+        self._config, self._max_batch_tokens = config, max_batch_tokens
         q, kv = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
         self.columns = {"attention.q": 0, "attention.k": q, "attention.v": q + kv}
         self.experts = [
-            [_expert_adapter(adapter.layers[layer]) for adapter in adapters]
+            [_expert_adapter(adapter.layers[layer] if adapter is not None else {}) for adapter in adapters]
             for layer in range(config.num_layers)
         ]
         num_rows = max_batch_tokens if adapters else 0
@@ -41,7 +44,23 @@ class AdapterSet:
     @property
     def nbytes(self) -> int:
         """Bytes of memory held."""
-        return sum(adapter.nbytes for adapter in self.adapters) + self.router_extra_TE.nbytes
+        held = sum(adapter.nbytes for adapter in self.adapters if adapter is not None)
+        return held + self.router_extra_TE.nbytes
+
+    def changed(self, index: int, adapter: LoraAdapter | None) -> AdapterSet:
+        """The set with another adapter, or none, at a place."""
+        listed = list(self.adapters)
+        assert index <= len(listed), f"place {index} of {len(listed)}"
+        listed[index : index + 1] = [adapter]
+        while listed and listed[-1] is None:
+            listed.pop()
+        return AdapterSet(listed, self._config, self._max_batch_tokens)
+
+    def layer(self, index: int, layer: int) -> Mapping[str, LowRank]:
+        """What an adapter changes in a layer."""
+        adapter = self.adapters[index]
+        assert adapter is not None, "the batch names a place that is empty"
+        return adapter.layers[layer]
 
     def in_step(self, batch: Batch) -> StepAdapters | None:
         """The adapters of this batch; None where no sequence has one, and nothing needs to be done."""
@@ -76,7 +95,7 @@ class StepAdapters:
 
     def router_extra(self, layer: int, normed_TD: FloatArray) -> FloatArray | None:
         """What is added to the router's logits, [T, E]; None: nothing."""
-        if not any("router" in self.held.adapters[index].layers[layer] for index in self.rows):
+        if not any("router" in self.held.layer(index, layer) for index in self.rows):
             return None
         extra_TE = self.held.router_extra_TE[: len(normed_TD)]
         extra_TE.fill(0)
@@ -90,7 +109,7 @@ class StepAdapters:
 
     def _add(self, layer: int, target: str, x_TK: FloatArray, out_TN: FloatArray, column: int) -> None:
         for index, row_X in self.rows.items():
-            pair = self.held.adapters[index].layers[layer].get(target)
+            pair = self.held.layer(index, layer).get(target)
             if pair is not None:
                 low_rank(x_TK, row_X, pair.a, pair.b, pair.scale, out_TN, column)
 

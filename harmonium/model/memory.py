@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from harmonium.checkpoint.model_config import LayerKind, ModelConfig
 from harmonium.config import CACHE_BLOCK_TOKENS, EngineConfig, Weights
@@ -93,7 +92,7 @@ def plan_memory(
 ) -> MemoryPlan:
     """Settle the context length and the cache, and count the bytes. Pure.
 
-    expert_format: "mxfp4" or "bf16". adapter_bytes: see the function of that name. Raises ConfigError for a
+    expert_format: "mxfp4" or "bf16". adapter_bytes: what LoRA adapters take. Raises ConfigError for a
     context longer than the model's, MemoryPlanError for a plan that does not fit (it says what is needed,
     what there is, and what to change).
     """
@@ -146,25 +145,6 @@ def expert_bytes(config: ModelConfig, expert_format: str) -> int:
     """All experts' matrices as they lie in the files: MXFP4 takes 17 bytes per 32 weights."""
     weights = config.num_layers * config.num_experts * 3 * config.expert_size * config.hidden_size
     return weights * 2 if expert_format == "bf16" else weights // 32 * 17
-
-
-class SizedAdapter(Protocol):
-    """What the plan must know of a LoRA adapter."""
-
-    @property
-    def nbytes(self) -> int: ...
-
-    @property
-    def max_rank(self) -> int: ...
-
-
-def adapter_bytes(config: ModelConfig, adapters: Collection[SizedAdapter], max_batch_tokens: int) -> int:
-    """The adapters, and for each token of a step its inner products with them and what its router gets."""
-    if not adapters:
-        return 0
-    rank = max(adapter.max_rank for adapter in adapters)
-    row = config.num_active_experts * rank + config.num_experts
-    return sum(adapter.nbytes for adapter in adapters) + 4 * max_batch_tokens * row
 
 
 def packing_bytes(config: ModelConfig) -> int:

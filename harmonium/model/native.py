@@ -125,6 +125,10 @@ class NativeRunner:
             # Written once, so that the memory is there (or refused) now and not in the middle of a request.
             self._caches.append((np.full(shape, 0, np.uint16), np.full(shape, 0, np.uint16)))
 
+    def set_adapter(self, index: int, adapter: LoraAdapter | None) -> None:
+        """See AdapterRunner."""
+        self._adapters = self._adapters.changed(index, adapter)
+
     def step(self, batch: Batch) -> StepResult:
         """See Runner. Raises EngineClosed after `close`, EngineError when a row of logits holds NaN,
         CheckpointError when a file of the checkpoint was shortened meanwhile.

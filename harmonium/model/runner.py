@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+from harmonium.checkpoint.lora import LoraAdapter
 from harmonium.checkpoint.model_config import ModelConfig
 from harmonium.model.batch import Batch, StepResult
 
@@ -33,4 +34,16 @@ class Runner(Protocol):
 
     def close(self) -> None:
         """Give memory and maps back. A second call does nothing."""
+        ...
+
+
+@runtime_checkable
+class AdapterRunner(Runner, Protocol):
+    """A runner whose LoRA adapters may change between two steps."""
+
+    def set_adapter(self, index: int, adapter: LoraAdapter | None) -> None:
+        """Put an adapter at a place that batches name it by; None gives the one that is there back.
+
+        No batch may name an empty place. The next free place may be one above all those used so far.
+        """
         ...

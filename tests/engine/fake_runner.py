@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from harmonium.checkpoint.lora import LoraAdapter
 from harmonium.checkpoint.model_config import LayerKind, ModelConfig, RopeConfig
 from harmonium.config import CACHE_BLOCK_TOKENS
 from harmonium.model.batch import Batch, RowSampling, SampledToken, SamplingParams, StepResult
@@ -106,6 +107,7 @@ class FakeRunner:
         self.batches: list[Batch] = []
         self.is_closed = False
         self._in_step = threading.Lock()
+        self.adapters: dict[int, LoraAdapter | None] = {}
 
     def allocate_cache(self, num_full_blocks: int, num_window_blocks: int) -> None:
         # A value is kept with its position and the token there: a stale block is told from a right one.
@@ -122,6 +124,11 @@ class FakeRunner:
             return False
         cache[block] = np.frombuffer(data, np.uint64).reshape(cache[block].shape)
         return True
+
+    def set_adapter(self, index: int, adapter: LoraAdapter | None) -> None:
+        assert self._in_step.acquire(blocking=False), "an adapter is changed during a step"
+        self.adapters[index] = adapter
+        self._in_step.release()
 
     def step(self, batch: Batch) -> StepResult:
         assert self._in_step.acquire(blocking=False), "two steps at once"
@@ -145,6 +152,7 @@ class FakeRunner:
             start = int(batch.context_length_S[s]) - (rows.stop - rows.start)
             assert (batch.position_T[rows] == np.arange(start, batch.context_length_S[s])).all()
             adapter = -1 if batch.adapter_S is None else int(batch.adapter_S[s])
+            assert self.adapters.get(adapter, ...) is not None, "a step names an adapter that was dropped"
             tables = batch.full_block_SB[s], batch.window_block_SB[s]
             hidden[rows] = self._layers(batch.token_id_T[rows], start, *tables, adapter)
         assert len(batch.logit_row_R) == len(batch.sampling)
