@@ -175,6 +175,11 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     add_serving(parser)
     running = _add_running(parser)
     _add_lora(running, "serve this LoRA adapter (PEFT's format) under this model name; again for more")
+    running.add_argument(
+        "--allow-lora-updates",
+        action="store_true",
+        help="let clients load and remove adapters (docs/lora.md)",
+    )
     add_vllm_flags(running, parser)
 
 

@@ -7,7 +7,17 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from harmonium import __version__
-from harmonium.server import chat_completions, completions, health, messages, models, page, responses, tokens
+from harmonium.server import (
+    adapters,
+    chat_completions,
+    completions,
+    health,
+    messages,
+    models,
+    page,
+    responses,
+    tokens,
+)
 from harmonium.server.body import IGNORED_HEADER
 from harmonium.server.errors import add_error_handlers
 from harmonium.server.middleware import REQUEST_ID_HEADER, BodyLimit, Gate, RequestLog
@@ -24,6 +34,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     responses.router,
     page.router,
     messages.router,
+    adapters.router,
 )
 
 

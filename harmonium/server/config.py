@@ -51,7 +51,8 @@ class ServerConfig:
     run at once; max_queue: answers that may wait for one of them to end. effort: where a request names none.
     current_date: "2026-11-25" as the model is told; None: today in UTC. cors_origins: of web pages that may
     call; "*": any. uses_grammar: whether turns are held to the grammar unless a request says otherwise.
-    reasoning_fields: under which names answers give the reasoning.
+    reasoning_fields: under which names answers give the reasoning. allows_adapter_updates: whether who may
+    use the server may load LoRA adapters from its disk and remove them too.
     drain_seconds: how long running answers may take after SIGTERM. idle_write_seconds: a client that takes
     nothing for this long counts as gone. body_seconds: a request's body must be here by then.
     """
@@ -68,6 +69,7 @@ class ServerConfig:
     uses_grammar: bool = True
     reasoning_fields: tuple[str, ...] = ("reasoning_content", "reasoning")
     allows_insecure: bool = False
+    allows_adapter_updates: bool = False
     drain_seconds: float = 60.0
     idle_write_seconds: float = 120.0
     body_seconds: float = 30.0

@@ -68,6 +68,7 @@ def server_config(arguments: argparse.Namespace) -> ServerConfig:
         uses_grammar=not arguments.no_grammar,
         reasoning_fields=names.get(arguments.reasoning_field, (arguments.reasoning_field,)),
         allows_insecure=arguments.insecure,
+        allows_adapter_updates=arguments.allow_lora_updates,
         drain_seconds=arguments.drain_timeout,
         limits=_limits(arguments.limit),
     )

@@ -171,6 +171,24 @@ def zeros(num_experts: int) -> Any:
     return np.zeros((num_experts, 2, D), np.float32), np.zeros((num_experts, 2, D), np.float32), 1.0
 
 
+def test_packed_experts_take_adapters_to_the_same_bits(isa: str) -> None:
+    x, (expert_id, weight) = normal(5, 40, D), route(40)
+    index = np.resize(np.array([0, -1, 1], np.int32), 40)
+    up, up_scales, up_bias, down, down_scales, down_bias = experts("mxfp4")
+    packed = []
+    for blocks, scales in ((up, up_scales), (down, down_scales)):
+        shape = matmul.packed_shape(blocks.shape[1], blocks.shape[2] * 32)
+        packed.append(np.zeros((E, *shape), np.uint8))
+        for expert in range(E):
+            matmul.pack_mxfp4(blocks[expert], scales[expert], packed[-1][expert])
+    outs = np.zeros((2, 40, D), np.float32)
+    given = (LIMIT, ALPHA, adapters("bf16"), index)
+    native.moe_packed(x, expert_id, weight, packed[0], up_bias, packed[1], down_bias, outs[0], *given)
+    arguments = (x, expert_id, weight, *experts("mxfp4"), outs[1], LIMIT, ALPHA, "int8")
+    native.moe_mxfp4(*arguments, adapters("bf16"), index)
+    np.testing.assert_array_equal(outs[0], outs[1])
+
+
 @pytest.mark.parametrize(
     ("list_", "index", "message"),
     [

@@ -17,6 +17,7 @@ from harmonium.config import EngineConfig, LoraSource
 from harmonium.engine import EngineInfo, ScriptedEngine
 from harmonium.engine.create import create_engine
 from harmonium.errors import ConfigError
+from harmonium.harmony.grammar_compile import tokenizer as build_grammar_tokenizer
 from harmonium.server import ServerConfig, ServerState, create_app
 from harmonium.testing import make_tiny_checkpoint, tiny_config
 from tests.engine.serving import check_empty
@@ -166,6 +167,8 @@ def test_adapters_by_name_mixed_in_one_batch_answer_as_alone(
 
 
 def test_a_turn_of_an_adapter_keeps_to_the_grammar(model: Path, sources: tuple[LoraSource, ...]) -> None:
+    build_grammar_tokenizer()  # it would count towards the time that a schema may take
+
     async def run() -> None:
         config = EngineConfig(context_length=1024, threads=1, lora=sources)
         async with serving(model, config) as client:
@@ -184,6 +187,68 @@ def test_a_turn_of_an_adapter_keeps_to_the_grammar(model: Path, sources: tuple[L
             assert json.loads(answer["choices"][0]["message"]["content"])["a"] in (1, 2)
 
     asyncio.run(run())
+
+
+# ---- while it serves
+
+
+def test_adapters_are_loaded_and_removed_where_that_is_allowed(
+    model: Path, sources: tuple[LoraSource, ...], tmp_path: Path
+) -> None:
+    cat = {"lora_name": "cat", "lora_path": str(sources[0].path)}
+
+    async def run() -> None:
+        engine = await asyncio.to_thread(create_engine, model, EngineConfig(context_length=512, threads=1))
+        state = ServerState(ServerConfig(allows_adapter_updates=True), engine)
+        transport = httpx.ASGITransport(create_app(state))
+        async with httpx.AsyncClient(transport=transport, base_url=BASE_URL, timeout=60) as client:
+
+            async def post(path: str, body: dict[str, Any]) -> httpx.Response:
+                return await client.post(f"/v1/{path}_lora_adapter", json=body)
+
+            plain = await completion(client, "tiny")
+            for _ in range(2):
+                assert (await post("unload", {"lora_name": "cat"})).status_code == 404
+                loaded = await post("load", cat)
+                assert loaded.status_code == 200, loaded.text
+                assert loaded.text == "Success: LoRA adapter 'cat' added successfully."
+                assert [m["id"] for m in (await client.get("/v1/models")).json()["data"]] == ["tiny", "cat"]
+                tuned = await completion(client, "cat")
+                assert tuned["token_ids"] != plain["token_ids"]
+                again = await post("load", cat)
+                assert again.status_code == 400 and "there is an adapter 'cat' already" in again.text
+                removed = await post("unload", {"lora_name": "cat", "lora_int_id": 1})
+                assert removed.text == "Success: LoRA adapter 'cat' removed successfully."
+                gone = await client.post("/v1/completions", json={"model": "cat", "prompt": "x"})
+                assert gone.status_code == 404
+            for body, message in (
+                ({**cat, "lora_path": str(tmp_path / "no")}, "does not exist"),
+                ({**cat, "lora_path": str(tmp_path)}, "lora_path holds no adapter for this model"),
+                ({**cat, "lora_path": ""}, "lora_path is empty"),
+                ({**cat, "lora_name": "tiny"}, "lora_name is 'tiny', the model's own"),
+                ({**cat, "lora_name": "a b"}, "adapter name is 'a b'"),
+                ({"lora_name": "cat"}, "lora_path"),
+                ({**cat, "lora_path": 5}, "lora_path"),
+                ({**cat, "lora_path": "x\0y"}, "does not exist"),
+            ):
+                refused = await post("load", body)
+                assert refused.status_code == 400 and message in refused.text, refused.text
+        await engine.close()
+
+    asyncio.run(run())
+
+
+def test_adapters_are_not_changed_unless_the_operator_allows_it() -> None:
+    for path in ("load", "unload"):
+        answer = call(make_state(), "POST", f"/v1/{path}_lora_adapter", json={"lora_name": "cat"})
+        assert answer.status_code == 403
+        assert answer.json()["error"]["code"] == "adapter_updates_not_allowed"
+    scripted = make_state(allows_adapter_updates=True)
+    body = {"lora_name": "x", "lora_path": "y"}
+    answer = call(scripted, "POST", "/v1/load_lora_adapter", json=body)
+    assert answer.status_code == 400 and "this engine takes no adapters" in answer.text
+    loading = ServerState(ServerConfig(allows_adapter_updates=True))
+    assert call(loading, "POST", "/v1/load_lora_adapter", json=body).status_code == 503
 
 
 # ---- at start
