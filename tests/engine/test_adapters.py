@@ -13,7 +13,7 @@ import pytest
 from harmonium.checkpoint import open_checkpoint
 from harmonium.checkpoint.lora import open_lora
 from harmonium.config import EngineConfig, LoraSource
-from harmonium.engine import EngineInfo, LocalEngine, Request, ScriptedEngine
+from harmonium.engine import EngineInfo, LocalEngine, Request, ScriptedEngine, TokenEvent
 from harmonium.engine.adapters import ServedAdapter, cache_key
 from harmonium.engine.create import create_engine, plan_engine
 from harmonium.errors import CheckpointError, ConfigError, MemoryPlanError, RequestError
@@ -202,6 +202,29 @@ def test_native_adapters_in_one_batch_answer_as_alone(
 async def _first(engine: LocalEngine, request: Request) -> list[int]:
     try:
         return await answer(engine, request)
+    finally:
+        await engine.close()
+
+
+def test_blocks_on_disk_serve_the_same_adapter_and_no_other(
+    checkpoint: Path, sources: tuple[LoraSource, ...], tmp_path: Path
+) -> None:
+    cat, dog = sources
+    params = SamplingParams(temperature=0, max_tokens=3)
+    first: list[list[int]] = []
+    # The name stays; what stands behind it is another adapter in the second run.
+    for source, num_cached in ((cat, 0), (LoraSource("cat", dog.path), 0), (cat, 96)):
+        engine = create_engine(checkpoint, settings(lora=(source,), cache_dir=str(tmp_path / "cache")))
+        request = Request("r", prompt(100), params, adapter="cat")
+        events = asyncio.run(_events(engine, request))
+        assert events[-1].num_cached_tokens == num_cached
+        first.append([token.token_id for event in events for token in event.tokens])
+    assert first[0] == first[2] != first[1]
+
+
+async def _events(engine: LocalEngine, request: Request) -> list[TokenEvent]:
+    try:
+        return await collect(engine, request)
     finally:
         await engine.close()
 
