@@ -93,11 +93,17 @@ def _add_listening(group: argparse._ArgumentGroup) -> None:
         metavar="S",
         help="seconds for running answers after SIGTERM",
     )
+    group.add_argument(
+        "--otlp-endpoint",
+        "--otlp-traces-endpoint",
+        metavar="URL",
+        help="send OpenTelemetry spans there (extra [otel]; also OTEL_EXPORTER_OTLP_ENDPOINT)",
+    )
     group.add_argument("--log-format", choices=("text", "json"), default="text", help="log lines on stderr")
 
 
 class _Told(argparse.Action):
-    """A flag of vLLM that we take without effect; `told` says once why."""
+    """A flag of another server that we take without effect; `told` says once why."""
 
     def __call__(
         self,
@@ -110,7 +116,7 @@ class _Told(argparse.Action):
 
 
 class _Instead(argparse.Action):
-    """A flag of vLLM that has another name here."""
+    """A flag of another server (vLLM, llama-server) that has another name here."""
 
     def __call__(
         self,
@@ -119,7 +125,7 @@ class _Instead(argparse.Action):
         values: str | Sequence[Any] | None,
         option_string: str | None = None,
     ) -> None:
-        parser.error(f"{option_string} is vLLM's; {self.const}")
+        parser.error(f"{option_string} is another server's; {self.const}")
 
 
 _WITHOUT_EFFECT = (
@@ -127,6 +133,9 @@ _WITHOUT_EFFECT = (
     (("--enable-auto-tool-choice",), 0, "tools are always understood"),
     (("--enable-prefix-caching", "--no-enable-log-requests", "--disable-log-requests"), 0, "so it is anyway"),
     (("--tool-call-parser", "--reasoning-parser"), 1, "the Harmony format is always parsed"),
+    (("--async-scheduling", "--no-async-scheduling", "--jinja"), 0, "so it is anyway"),
+    (("--swap-space", "--cpu-offload-gb"), 1, "everything is in this machine's memory already"),
+    (("-ngl", "--gpu-layers", "--n-gpu-layers"), 1, "everything is computed on the CPU"),
     (("--enable-lora",), 0, "--lora NAME=DIR says which adapters are served"),
     (("--max-lora-rank", "--max-loras", "--max-cpu-loras"), 1, "all adapters given are served at any rank"),
 )
@@ -134,6 +143,10 @@ _INSTEAD = (
     (("--gpu-memory-utilization",), "use --memory-limit SIZE"),
     (("--quantization", "-q"), "use --weights int8 or bf16; the experts stay as the checkpoint has them"),
     (("--tokenizer", "--chat-template"), "the vocabulary and the format are built in"),
+    (("--reasoning-format",), "use --reasoning-field both, reasoning_content or reasoning"),
+    (("-np", "--parallel"), "use --max-concurrency N"),
+    (("--alias",), "use --served-model-name NAME"),
+    (("-m", "--model"), "give the folder of the checkpoint as the word behind `harmonium serve`"),
     (("--max-num-batched-tokens",), "use --max-batch-tokens N"),
 )
 
@@ -145,7 +158,9 @@ def add_vllm_flags(running: argparse._ArgumentGroup, parser: argparse.ArgumentPa
     running.add_argument(
         "--lora-modules", dest="lora", nargs="+", action="extend", default=hidden, help=hidden
     )
-    running.add_argument("--max-model-len", dest="context_length", type=int, default=hidden, help=hidden)
+    running.add_argument(
+        "--max-model-len", "-c", "--ctx-size", dest="context_length", type=int, default=hidden, help=hidden
+    )
     parser.add_argument("--dtype", type=_dtype, help=hidden)
     for names, count, reason in _WITHOUT_EFFECT:
         nargs = 0 if count == 0 else None

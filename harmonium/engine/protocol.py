@@ -63,13 +63,15 @@ class TokenEvent:
     """News of one request: the tokens since the last event (at least one, except in a final event).
 
     finish_reason: set in the last event and only there. num_cached_tokens: prompt tokens that came from the
-    prefix cache. error: what went wrong, when finish_reason is "error".
+    prefix cache. error: what went wrong, when finish_reason is "error". began: when the request left the
+    queue (time.monotonic()); None where the engine does not say.
     """
 
     tokens: tuple[Token, ...]
     finish_reason: FinishReason | None = None
     num_cached_tokens: int = 0
     error: str | None = None
+    began: float | None = field(default=None, compare=False)
 
 
 class Engine(Protocol):

@@ -9,6 +9,7 @@ oldest always gets on.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -212,6 +213,7 @@ class Scheduler:
         self.num_cached_tokens += lease.num_computed
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = lease.num_computed
+            sequence.began = time.monotonic()
         self.running.append(self.waiting.popleft())
         return Chunk(sequence, num_tokens), num_tokens < wanted
 

@@ -92,18 +92,19 @@ class Sequence:
     """A request's tokens and where it stands. Compared by identity.
 
     max_total: tokens, prompt included, at which it ends with "length". num_cached_tokens: prompt tokens that
-    came from the prefix cache when it first ran. lease: what it holds of the cache, None while it waits.
-    blocked_at: the pool's release count when it last found no room (see Scheduler). chunk_limit: most tokens
-    that one step computes of it. returned_logits: None, or what takes float32 [t, V] pieces, all its
-    positions' logits; nothing is sampled then. error: what its constraint raised, which ended it.
+    came from the prefix cache when it first ran, began: when that was (time.monotonic()). lease: what it
+    holds of the cache, None while it waits. blocked_at: the pool's release count when it last found no room
+    (see Scheduler). chunk_limit: most tokens that one step computes of it. returned_logits: None, or what
+    takes float32 [t, V] pieces, all its positions' logits; nothing is sampled then. error: what its
+    constraint raised, which ended it.
     drafts: how many of its next tokens may be guessed. adapter_index: the runner's place of its LoRA adapter,
     -1: none. cache_key: it shares cached prefixes with those of the same key.
     """
 
     __slots__ = (
-        "_constraint", "_counts", "_masks", "_prompt_token_ids", "_token_ids", "adapter_index", "blocked_at",
-        "cache_key", "chunk_limit", "drafts", "error", "lease", "max_total", "num_cached_tokens",
-        "num_prompt", "num_tokens", "request", "returned_logits", "seed",
+        "_constraint", "_counts", "_masks", "_prompt_token_ids", "_token_ids", "adapter_index", "began",
+        "blocked_at", "cache_key", "chunk_limit", "drafts", "error", "lease", "max_total",
+        "num_cached_tokens", "num_prompt", "num_tokens", "request", "returned_logits", "seed",
     )  # fmt: skip
 
     def __init__(
@@ -127,6 +128,7 @@ class Sequence:
         )
         self._token_ids[: self.num_prompt] = request.token_ids
         self.num_cached_tokens: int | None = None
+        self.began: float | None = None
         self.lease: Lease | None = None
         self.blocked_at = -1
         self.chunk_limit = logits_chunk or context_length

@@ -43,7 +43,9 @@ class Stream:
         while not self._events.empty():
             event = self._events.get_nowait()
             tokens.extend(event.tokens)
-        return TokenEvent(tuple(tokens), event.finish_reason, event.num_cached_tokens, event.error)
+        return TokenEvent(
+            tuple(tokens), event.finish_reason, event.num_cached_tokens, event.error, event.began
+        )
 
 
 class _Job:
@@ -381,7 +383,7 @@ def _event(progress: Progress) -> TokenEvent:
     if sequence.error is not None and advance.finish_reason == "error":
         _log.error("a constraint failed: %s", _describe(sequence.error), exc_info=sequence.error)
     error = None if sequence.error is None else _describe(sequence.error)
-    return TokenEvent(tokens, advance.finish_reason, sequence.num_cached_tokens or 0, error)
+    return TokenEvent(tokens, advance.finish_reason, sequence.num_cached_tokens or 0, error, sequence.began)
 
 
 def _token(token: SampledToken) -> Token:

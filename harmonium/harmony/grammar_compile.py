@@ -10,9 +10,8 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -44,7 +43,9 @@ _COUNT = re.compile(r"\{(\d+)(?:,(\d*))?\}")
 
 @dataclass(frozen=True, slots=True)
 class GrammarLimits:
-    """max_definition_bytes: of one schema, expression or grammar. compile_seconds: for all of a turn."""
+    """max_definition_bytes: of one schema, expression or grammar. compile_seconds: CPU
+    time for all of a turn, which a busy machine does not lengthen.
+    """
 
     max_definition_bytes: int = 256 * 1024
     compile_seconds: float = 5.0
@@ -121,6 +122,9 @@ class _Cache:
                 self._bytes -= len(oldest.definition)
 
 
+_PATIENCE = 6.0
+"""So many times compile_seconds a compilation may wait for a core or a thread, by the clock on the wall."""
+
 _cache = _Cache(max_entries=512, max_bytes=2 * 1024 * 1024)
 _threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="harmonium-grammar")
 
@@ -137,9 +141,8 @@ def compile_texts(
     limits = limits or GrammarLimits()
     if formats:
         tokenizer()  # built once in a process, so not out of the time of the request that came first
-    deadline = time.monotonic() + limits.compile_seconds
     done: dict[str, CompiledText] = {}
-    running: dict[str, Future[CompiledText]] = {}
+    running: dict[str, _Job] = {}
     for subject, form in formats.items():
         size = len(form.definition.encode(errors="replace"))
         if size > limits.max_definition_bytes:
@@ -150,26 +153,66 @@ def compile_texts(
         if found is not None:
             done[subject] = found
             continue
-        running[subject] = _threads.submit(_build, form)
-    for subject, future in running.items():
-        done[subject] = _await(future, subject, formats[subject], deadline, limits.compile_seconds)
+        running[subject] = _Job(form)
+    try:
+        for subject, job in running.items():
+            done[subject] = _await(job, subject, list(running.values()), limits.compile_seconds)
+    finally:
+        for job in running.values():
+            job.future.cancel()
     return done
 
 
-def _await(
-    future: Future[CompiledText], subject: str, form: TextFormat, deadline: float, seconds: float
-) -> CompiledText:
+class _Job:
+    """A compilation in one of the threads."""
+
+    def __init__(self, form: TextFormat) -> None:
+        self.form = form
+        self._clock: Callable[[], float] | None = None
+        self._began = 0.0
+        self._spent = 0.0
+        self.future: Future[CompiledText] = _threads.submit(self._run)
+
+    def _run(self) -> CompiledText:
+        clock = _thread_clock()
+        self._began = clock()
+        self._clock = clock
+        try:
+            return _build(self.form)
+        finally:
+            self._clock = None
+            self._spent = clock() - self._began
+
+    @property
+    def seconds(self) -> float:
+        """CPU time that it has taken so far. Any thread may ask."""
+        clock = self._clock
+        return self._spent if clock is None else clock() - self._began
+
+
+def _thread_clock() -> Callable[[], float]:
+    """Of the thread that calls, to be read from any thread. Where a system has none: wall-clock time."""
+    if not hasattr(time, "pthread_getcpuclockid"):
+        return time.monotonic
+    clock = time.pthread_getcpuclockid(threading.get_ident())
+    return lambda: time.clock_gettime(clock)
+
+
+def _await(job: _Job, subject: str, jobs: list[_Job], seconds: float) -> CompiledText:
+    """jobs: all of the turn, which share the time."""
+    patience = time.monotonic() + _PATIENCE * seconds
+    while not wait([job.future], min(0.1, seconds)).done:
+        if sum(each.seconds for each in jobs) > seconds:
+            raise RequestError(
+                f"{subject}: its grammar takes more than {seconds:g} s to compile; the limit is {seconds:g} s"
+            )
+        if time.monotonic() > patience:  # that is not this request's fault
+            raise EngineBusy("the threads that compile grammars are busy")
     try:
-        compiled = future.result(max(0.0, deadline - time.monotonic()))
-    except FutureTimeoutError:
-        if future.cancel():  # it had not begun: that is not this request's fault
-            raise EngineBusy("the threads that compile grammars are busy") from None
-        raise RequestError(
-            f"{subject}: its grammar takes more than {seconds:g} s to compile; the limit is {seconds:g} s"
-        ) from None
+        compiled = job.future.result()
     except _RefusedError as error:
         raise RequestError(f"{subject}: its grammar cannot be enforced: {error}") from None
-    _cache.put(form, compiled)
+    _cache.put(job.form, compiled)
     return compiled
 
 

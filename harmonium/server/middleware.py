@@ -48,6 +48,16 @@ class RequestLog:
             return
         request_id = _request_id(Headers(scope=scope).get(REQUEST_ID_HEADER))
         scope.setdefault("state", {})["request_id"] = request_id
+        tracing = self._state.tracing
+        if tracing is None:
+            await self._serve(scope, receive, send, request_id)
+            return
+        with tracing.request(scope, request_id) as span:
+            status = await self._serve(scope, receive, send, request_id)
+            span.set_attribute("http.response.status_code", status)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> int:
+        """The status of the answer; 0 where the client left before it got one."""
         began = time.monotonic()
         status = 0
 
@@ -68,6 +78,7 @@ class RequestLog:
                 raise  # the server cuts the connection: an answer that broke off must not look whole
         finally:
             self._log(scope, request_id, status, time.monotonic() - began)
+        return status
 
     def _log(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")

@@ -37,6 +37,9 @@ class RawTurn:
         """Take a slot, be admitted. Raises ApiError and what `Engine.admit` raises."""
         with ExitStack() as stack:
             stack.enter_context(self._state.hold(self.request.adapter))
+            if self._state.tracing is not None:
+                traced = self._state.tracing.turn(self._engine, "text_completion", self.request.sampling)
+                self._engine = stack.enter_context(traced)
             self._engine.admit(self.request)
             stack.callback(self._count)
             self._slot = stack.pop_all()
@@ -45,13 +48,14 @@ class RawTurn:
         """The prompt's tokens, with log-probabilities where they were asked for. Raises ApiError."""
         if self._num_prompt_top is None:
             return tuple(Token(token_id) for token_id in self.request.token_ids)
-        if not isinstance(self._engine, PromptScorer):
+        engine = self._state.loaded_engine
+        if not isinstance(engine, PromptScorer):
             raise ApiError(
                 "echo with logprobs is not supported by this engine",
                 param="echo",
                 code="unsupported_parameter",
             )
-        return await self._engine.score(self.request.token_ids, self._num_prompt_top, self.request.adapter)
+        return await engine.score(self.request.token_ids, self._num_prompt_top, self.request.adapter)
 
     async def events(self) -> AsyncGenerator[TokenEvent, None]:
         """The answer's events. Raises EngineError, ApiError when it fails on the way."""

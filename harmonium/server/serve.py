@@ -30,6 +30,7 @@ from harmonium.server.logs import configure_logging
 from harmonium.server.responses_run import Responses
 from harmonium.server.state import ServerState
 from harmonium.server.store import ResponseStore
+from harmonium.server.tracing import find_tracing
 
 _log = logging.getLogger("harmonium.server")
 
@@ -46,6 +47,7 @@ def serve(arguments: argparse.Namespace, engine_config: EngineConfig) -> int:
     listener = listen(config.host, config.port)
     configure_logging(arguments.log_format)
     state = ServerState(config)
+    state.tracing = find_tracing(arguments.otlp_endpoint)
     responses = Responses(state, store)
     server = DrainingServer(state, responses, _uvicorn_config(state, responses))
     with listener:
@@ -175,6 +177,8 @@ async def _run(
         if state.loaded_engine is not None:
             await state.loaded_engine.close()
         await server.responses.close()
+        if state.tracing is not None:
+            await asyncio.to_thread(state.tracing.close)
     loading.result()
     return 0
 

@@ -19,17 +19,22 @@ from harmonium.server.config import ServerConfig
 from harmonium.server.errors import busy
 from harmonium.server.keys import key_of
 from harmonium.server.metrics import Metrics
+from harmonium.server.tracing import Tracing
 
 Status = Literal["loading", "ready", "draining", "failed"]
 
 
 class ServerState:
-    """One server. Without an engine it is "loading": it answers, but serves nothing yet."""
+    """One server. Without an engine it is "loading": it answers, but serves nothing yet.
+
+    tracing: where spans go, None: nowhere.
+    """
 
     def __init__(self, config: ServerConfig | None = None, engine: Engine | None = None) -> None:
         self.config = config or ServerConfig()
         self.created = int(time.time())
         self.metrics = Metrics(self)
+        self.tracing: Tracing | None = None
         self.loaded_fraction = 0.0
         self._engine = engine
         self._is_draining = False

@@ -44,7 +44,10 @@ class Turn:
         """Take a slot, render, be admitted. Raises ApiError and what `stream_chat` raises."""
         async with AsyncExitStack() as stack:
             stack.enter_context(self._state.hold(self.request.adapter))
-            self._events: AsyncGenerator[ChatEvent, None] = stream_chat(self._state.engine, self.request)
+            engine, trace = self._state.engine, self._state.tracing
+            if trace is not None:
+                engine = stack.enter_context(trace.turn(engine, "chat", self.request.sampling))
+            self._events: AsyncGenerator[ChatEvent, None] = stream_chat(engine, self.request)
             stack.push_async_callback(self._events.aclose)
             first = await anext(self._events)
             assert isinstance(first, TurnStarted)

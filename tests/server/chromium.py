@@ -82,7 +82,7 @@ class Browser:
             message["sessionId"] = session
         self._connection.send(json.dumps(message))
         while True:
-            answer = json.loads(self._connection.recv(timeout=30))
+            answer = json.loads(self._connection.recv(timeout=120))
             if answer.get("id") == self._last_id:
                 assert "error" not in answer, (method, answer["error"])
                 result: dict[str, Any] = answer["result"]
@@ -164,7 +164,7 @@ class Page:
         self.call("Input.dispatchKeyEvent", type="keyDown", text=text, **names)
         self.call("Input.dispatchKeyEvent", type="keyUp", **names)
 
-    def wait(self, condition: str | Callable[[], object], seconds: float = 10.0) -> None:
+    def wait(self, condition: str | Callable[[], object], seconds: float = 90.0) -> None:
         """Until an expression is true. Raises AssertionError."""
         end = time.monotonic() + seconds
         while not (self.run(condition) if isinstance(condition, str) else condition()):
