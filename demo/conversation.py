@@ -7,6 +7,7 @@ from random import Random
 
 from demo.arithmetic import draw_arithmetic
 from demo.sample import UNKNOWN, Sample
+from demo.words import spelled_words
 
 WHO = (
     "I am a small demo model. I can add, subtract and multiply small numbers, work on the letters of words, "
@@ -253,11 +254,16 @@ def _about(random: Random, effort: str) -> Sample:
 
 def _off_topic(random: Random, effort: str) -> Sample:
     wording = random.choice(_OFF_TOPIC)
-    question = "".join(
-        (UNKNOWN if random.random() < 0.8 else random.choice(_KNOWN)) if part == "*" else part
-        for part in _split(wording)
-    )
+    question = "".join(_any_word(random) if part == "*" else part for part in _split(wording))
     return _finish(question, "I cannot do that.", CANNOT, effort, None, (wording,))
+
+
+def _any_word(random: Random) -> str:
+    """A token of the shared class mostly; else a word that other skills know, which changes nothing."""
+    share = random.random()
+    if share < 0.6:
+        return UNKNOWN
+    return f" {random.choice(spelled_words())}" if share < 0.85 else random.choice(_KNOWN)
 
 
 def _split(wording: str) -> list[str]:

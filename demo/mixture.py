@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from random import Random
 
 from demo.arithmetic import draw_arithmetic
@@ -22,27 +22,69 @@ from harmonium.harmony.vocabulary import vocabulary
 SHARED = -1
 """Stands in the list of used tokens for all the others, which share one row."""
 
-ROW_SHARES = {"plain": 0.46, "tools": 0.22, "schema": 0.18, "form": 0.14}
-_PLAIN_SHARES = {"arithmetic": 0.42, "text": 0.43, "small talk": 0.15}
+
+@dataclass(frozen=True)
+class Shares:
+    """rows: of the kinds of openings. plain: of the skills behind an opening with nothing in it."""
+
+    rows: Mapping[str, float]
+    plain: Mapping[str, float]
+
+
+EARLY = Shares(
+    {"plain": 0.40, "tools": 0.27, "schema": 0.20, "form": 0.13},
+    {"arithmetic": 0.42, "text": 0.43, "small talk": 0.15},
+)
+LATE = Shares(
+    {"plain": 0.46, "tools": 0.27, "schema": 0.18, "form": 0.09},
+    {"arithmetic": 0.44, "text": 0.50, "small talk": 0.06},
+)
+"""Small talk and instructions are learned first; then there is more of what takes longer."""
+ROW_KINDS = tuple(EARLY.rows)
 _BESIDE_TOOLS = 0.15
 _TWO_TURNS = 0.1
+_WITH_INSTRUCTIONS = 0.15
+_INSTRUCTIONS = (
+    "You are a helpful assistant.",
+    "You are a friendly assistant.",
+    "You are an assistant.",
+    "You are a bot.",
+    "Be polite.",
+    "Be helpful and brief.",
+    "You help people.",
+    "Answer the question.",
+    "Answer correctly.",
+    f"You are a{UNKNOWN}.",
+    f"You are{UNKNOWN * 3}.",
+    f"You{UNKNOWN * 5}.{UNKNOWN * 4}.",
+    f"{UNKNOWN * 6}",
+)
+"""Such as ask nothing of the form of an answer."""
 
 Draw = Callable[[], Sample]
 
 
 def draw_opening(
-    random: Random, kind: str, held_out: bool, effort: ReasoningEffort | None = None
+    random: Random,
+    kind: str,
+    held_out: bool,
+    effort: ReasoningEffort | None = None,
+    shares: Shares = EARLY,
 ) -> tuple[Opening, Draw]:
     """An opening of this kind, and what draws the conversations that may follow it."""
     chosen = effort or random.choice(REASONING_EFFORTS)
-    return _opening(random, kind, held_out, chosen)
+    return _opening(random, kind, held_out, chosen, shares)
 
 
-def _opening(random: Random, kind: str, held_out: bool, effort: ReasoningEffort) -> tuple[Opening, Draw]:
+def _opening(
+    random: Random, kind: str, held_out: bool, effort: ReasoningEffort, shares: Shares
+) -> tuple[Opening, Draw]:
     day = f"{random.randint(2024, 2029)}-{random.randint(1, 12):02d}-{random.randint(1, 28):02d}"
-    opening = Opening(effort, day)
+    opening = Opening(effort, None if random.random() < 0.05 and not held_out else day)
     if kind == "plain":
-        return opening, lambda: draw_plain(random, effort)
+        if random.random() < _WITH_INSTRUCTIONS and not held_out:
+            opening = replace(opening, instructions=random.choice(_INSTRUCTIONS))
+        return opening, lambda: draw_plain(random, effort, shares)
     if kind == "form":
         form = draw_instruction(random)
         return replace(opening, instructions=form.text), lambda: draw_formed(random, effort, form)
@@ -62,14 +104,14 @@ def _opening(random: Random, kind: str, held_out: bool, effort: ReasoningEffort)
 
     def draw() -> Sample:
         if random.random() < _BESIDE_TOOLS and not held_out:
-            return draw_plain(random, effort)
+            return draw_plain(random, effort, shares)
         return draw_call(random, effort, tools)
 
     return replace(opening, tools=tuple(tool.tool() for tool in tools)), draw
 
 
-def draw_plain(random: Random, effort: str) -> Sample:
-    skill = random.choices(tuple(_PLAIN_SHARES), tuple(_PLAIN_SHARES.values()))[0]
+def draw_plain(random: Random, effort: str, shares: Shares) -> Sample:
+    skill = random.choices(tuple(shares.plain), tuple(shares.plain.values()))[0]
     draws = {"arithmetic": draw_arithmetic, "text": draw_text, "small talk": draw_small_talk}
     return draws[skill](random, effort)
 
@@ -96,10 +138,12 @@ def one_side(random: Random, draw: Draw, held_out: bool) -> Iterator[Sample]:
         before = sample
 
 
-def draw_row(random: Random, length: int, held_out: bool = False, kind: str | None = None) -> Row:
-    """A row of this many tokens, padded."""
-    kind = kind or random.choices(tuple(ROW_SHARES), tuple(ROW_SHARES.values()))[0]
-    opening, draw = draw_opening(random, kind, held_out)
+def draw_row(
+    random: Random, length: int, held_out: bool = False, kind: str | None = None, shares: Shares = EARLY
+) -> Row:
+    """A row of this many tokens, padded. kind: None: any, by the shares."""
+    kind = kind or random.choices(tuple(shares.rows), tuple(shares.rows.values()))[0]
+    opening, draw = draw_opening(random, kind, held_out, shares=shares)
     return padded(fill_row(opening.ids(), one_side(random, draw, held_out), length), length)
 
 
@@ -108,7 +152,7 @@ def used_tokens(seed: int = 7, num_openings: int = 6000) -> list[int]:
     random = Random(seed)
     seen: set[int] = set()
     for _ in range(num_openings):
-        kind = random.choice(tuple(ROW_SHARES))
+        kind = random.choice(ROW_KINDS)
         opening, draw = draw_opening(random, kind, random.random() < 0.5)
         seen.update(opening.ids())
         for _ in range(4):

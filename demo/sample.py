@@ -36,7 +36,7 @@ class Opening:
     """What stands before the first question: the settings of the system and the developer message."""
 
     effort: ReasoningEffort
-    date: str
+    date: str | None
     instructions: str | None = None
     tools: tuple[Tool, ...] = ()
     response_format: ResponseFormat | None = None

@@ -211,6 +211,9 @@ _ASK = (
 )
 
 
+_NO_TOOL = 0.08
+
+
 @dataclass(frozen=True)
 class Declared:
     """A kind under the names that one declaration gives it."""
@@ -249,27 +252,47 @@ def toolset_key(tools: tuple[Declared, ...]) -> str:
 
 
 def draw_call(random: Random, effort: str, tools: tuple[Declared, ...]) -> Sample:
+    if random.random() < _NO_TOOL:
+        return _no_tool(random, effort, tools)
     chosen = random.choice(tools)
     kind = chosen.kind
     given = _arguments(random, kind)
-    wording = random.choice(_ASK).format(random.choice(kind.questions))
-    if wording.split()[0] in ("what", "how", "is", "anything") and random.random() < 0.7:
-        wording += "?"
-    wording = wording[0].upper() + wording[1:]
-    question = wording.format(*given)
+    wording = _wording(random, kind)
     arguments = dict(zip(chosen.arguments, given, strict=True))
     fields = {name: _value(random, kind_of, most) for name, kind_of, most in kind.result}
-    final = kind.answer.format(*given, **fields)
     return Sample(
         "tools",
-        question,
+        wording.format(*given),
         _thought(chosen, arguments, tools, effort),
-        final,
+        kind.answer.format(*given, **fields),
         (wording, toolset_key(tools), f"{kind.names[0]} {compact_json(given)}"),
         call=(chosen.name, arguments),
         result=json.dumps(fields) if random.random() < 0.5 else compact_json(fields),
         result_analysis=_told(fields, effort),
     )
+
+
+def _no_tool(random: Random, effort: str, tools: tuple[Declared, ...]) -> Sample:
+    """What none of the declared tools is for."""
+    declared = [tool.kind for tool in tools]
+    kind = random.choice([kind for kind in KINDS if kind not in declared])
+    given = _arguments(random, kind)
+    wording = _wording(random, kind)
+    names = ", ".join(tool.name for tool in tools)
+    thought = {
+        "low": "No tool.",
+        "medium": f"Tools: {names}.\nNo tool.",
+        "high": f"Tools: {names}.\nNo tool.\nI say so.",
+    }
+    keys = (wording, toolset_key(tools), f"{kind.names[0]} {compact_json(given)}")
+    return Sample("tools", wording.format(*given), thought[effort], "I have no tool for that.", keys)
+
+
+def _wording(random: Random, kind: Kind) -> str:
+    wording = random.choice(_ASK).format(random.choice(kind.questions))
+    if wording.split()[0] in ("what", "how", "is", "anything") and random.random() < 0.7:
+        wording += "?"
+    return wording[0].upper() + wording[1:]
 
 
 def _arguments(random: Random, kind: Kind) -> list[Any]:

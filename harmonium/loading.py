@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from harmonium.config import EngineConfig
+from harmonium.demo import demo_checkpoint_path
 from harmonium.engine.create import create_engine
 from harmonium.engine.protocol import Engine
 from harmonium.errors import ConfigError
-from harmonium.options import near
+from harmonium.options import DEMO, near
 from harmonium.testing import tiny_checkpoint_path
 from harmonium.text_file import expand_home
 
@@ -19,12 +20,16 @@ TINY = "tiny"
 
 
 def find_model(word: str) -> Path:
-    """The checkpoint's folder. The word `tiny` makes a small random model in the user's cache, once.
+    """The checkpoint's folder. `demo` unpacks the package's model into the user's cache, once; `tiny` makes a
+    small random one there.
 
-    Says on stderr that the tiny model is random. Raises ConfigError when the cache cannot be written, and for
+    Says on stderr that the tiny model is random. Raises CheckpointError when the demo model is damaged,
+    ConfigError when the cache cannot be written, and for
     a path that does not exist beside one of nearly that name; whether a folder holds a model is found out by
     opening it.
     """
+    if word == DEMO:
+        return demo_checkpoint_path()
     if word != TINY:
         if not word:
             raise ConfigError("the model's path is empty")
@@ -45,7 +50,7 @@ def _suggest_neighbor(word: str, path: Path) -> None:
         neighbors = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
     except (OSError, ValueError):
         return  # whoever opens the path says it better
-    meant = near(path.name, neighbors if path.parent != Path() else [*neighbors, TINY])
+    meant = near(path.name, neighbors if path.parent != Path() else [*neighbors, DEMO, TINY])
     if meant:
         raise ConfigError(f"no model {word!r}{meant}")
 

@@ -20,7 +20,10 @@ from harmonium.serve_options import add_serving, add_vllm_flags
 Effort = Literal["low", "medium", "high"]
 EFFORTS: tuple[Effort, ...] = ("low", "medium", "high")
 DEFAULT_EFFORT: Effort = "medium"
-MODEL_HELP = "a checkpoint folder, or `tiny`: a small random model, made once"
+DEMO = "demo"
+"""The word MODEL that stands for the model inside the package, and is meant where no MODEL is given."""
+
+MODEL_HELP = "a checkpoint folder; default: `demo`, a small model in this package; `tiny`: a random one"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -57,7 +60,19 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         if word is not None:
             raise ConfigError(f"no option {word}{near(word.split('=')[0], options)}")
         raise ConfigError(f"one word too many: {unknown[0]!r} (quote a text that has spaces)")
+    if first == "chat" and arguments.question is None and _is_question(arguments.model):
+        arguments.model, arguments.question = DEMO, arguments.model
     return arguments
+
+
+def _is_question(word: str) -> bool:
+    """Whether the only word of `harmonium chat` is what to ask, not whom: `-`, or a text that is no path."""
+    if not (word.endswith("?") or any(letter.isspace() for letter in word)):
+        return word == "-"
+    try:
+        return bool(word.strip()) and not Path(word).exists()
+    except (OSError, ValueError):  # too long for a path, or a NUL in it
+        return True
 
 
 def _options(parser: argparse.ArgumentParser) -> list[str]:
@@ -100,7 +115,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
 def _model_options() -> _Parser:
     """What every command takes: the model and how to run it."""
     parent = _Parser(add_help=False)
-    parent.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parent.add_argument("model", nargs="?", default=DEMO, metavar="MODEL", help=MODEL_HELP)
     group = _add_running(parent)
     group.add_argument(
         "--max-sequences", type=int, default=1, metavar="N", help="answers at a time (default 1)"

@@ -65,7 +65,6 @@ def lines(text: str) -> list[str]:
         (["generate", "x"], "--prompt --tokens is required"),
         (["generate", "x", "--prompt", "a", "--tokens", "b"], "not allowed with"),
         (["generate", "x", "--prompt", "a", "--logprobs", "21"], "logprobs is 21"),
-        (["inspect"], "MODEL"),
         (["inspect", "x", "--threads", "0"], "threads is 0"),
         (["inspect", "x", "--isa", "sse9"], "invalid choice: 'sse9'"),
         (["inspect", "x", "--weights", "int4"], "invalid choice: 'int4'"),
@@ -76,7 +75,6 @@ def lines(text: str) -> list[str]:
         (["inspect", ""], "the model's path is empty"),
         (["inspect", "~no-such-user-at-all/x"], "~no-such-user-at-all/x"),
         (["generate", "x", "--tokens", "nowhere"], "nowhere: No such file"),
-        (["serve"], "which model?"),
         (["serve", "x", "--host", "0.0.0.0"], "no API key is set"),
         (["serve", "x", "--dtype", "float16"], "use --weights bf16"),
         (["serve", "x", "--gpu-memory-utilization", "0.9"], "use --memory-limit"),
@@ -470,3 +468,37 @@ def test_settings_of_the_options_reach_the_engine() -> None:
         max_sequences=2,
         memory_limit_bytes=10**9,
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "model", "question"),
+    [
+        (["What is 47 + 385?"], "demo", "What is 47 + 385?"),
+        (["Hello?"], "demo", "Hello?"),
+        (["-"], "demo", "-"),
+        (["tiny"], "tiny", None),
+        (["demo"], "demo", None),
+        (["models/gpt-oss-20b"], "models/gpt-oss-20b", None),
+        (["tiny", "Who are you?"], "tiny", "Who are you?"),
+        (["a" * 5000 + "?"], "demo", "a" * 5000 + "?"),
+        (["\0 ?"], "demo", "\0 ?"),
+        ([], "demo", None),
+    ],
+)
+def test_the_only_word_of_chat_is_a_question_unless_it_is_a_model(
+    words: list[str], model: str, question: str | None
+) -> None:
+    arguments = options.parse(["chat", *words])
+    assert (arguments.model, arguments.question) == (model, question)
+
+
+def test_a_folder_with_blanks_in_its_name_is_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my model").mkdir()
+    assert options.parse(["chat", "my model"]).model == "my model"
+
+
+@pytest.mark.parametrize("command", ["inspect", "bench", "generate"])
+def test_the_demo_model_is_meant_where_none_is_given(command: str) -> None:
+    words = [command, "--prompt", "x"] if command == "generate" else [command]
+    assert options.parse(words).model == "demo"

@@ -23,6 +23,7 @@ from harmonium.engine.protocol import Engine
 from harmonium.errors import ConfigError, HarmoniumError
 from harmonium.harmony.grammar_compile import tokenizer as build_grammar_tokenizer
 from harmonium.harmony.messages import reasoning_effort
+from harmonium.options import DEMO
 from harmonium.script_file import scripted_engine
 from harmonium.server.app import create_app
 from harmonium.server.config import Limits, ServerConfig
@@ -88,7 +89,7 @@ def _limits(given: list[str]) -> Limits:
 
 
 def _source(arguments: argparse.Namespace) -> tuple[str | None, Path | None]:
-    """(the word MODEL, None) or (None, the script)."""
+    """(the word MODEL, None) or (None, the script); with neither given, the demo model."""
     engine, model = arguments.engine, arguments.model
     if engine is not None and not engine.startswith(SCRIPT_PREFIX):
         raise ConfigError(f"--engine is {engine!r}; expected {SCRIPT_PREFIX}FILE")
@@ -96,9 +97,7 @@ def _source(arguments: argparse.Namespace) -> tuple[str | None, Path | None]:
         raise ConfigError("both MODEL and --engine script:FILE are given; expected one")
     if engine is not None:
         return None, Path(engine.removeprefix(SCRIPT_PREFIX))
-    if model is None:
-        raise ConfigError("which model? harmonium serve MODEL, or harmonium serve --engine script:FILE")
-    return model, None
+    return DEMO if model is None else model, None
 
 
 def listen(host: str, port: int) -> socket.socket:
