@@ -1,7 +1,7 @@
 """Settings: frozen dataclasses, the machine's facts, and the one function that settles "auto".
 
 This module is the only reader of environment variables (HARMONIUM_ISA, HARMONIUM_THREADS, HARMONIUM_API_KEY,
-XDG_CACHE_HOME, TERM).
+XDG_CACHE_HOME, TERM, and OpenTelemetry's).
 Configuration is composed, never inherited; `resolve(config, hardware)` is pure, and what it returns is
 printed by `harmonium inspect` and logged once at start.
 """
@@ -186,6 +186,28 @@ def environment_config() -> dict[str, object]:
 def environment_api_keys() -> tuple[str, ...]:
     """The server's keys in HARMONIUM_API_KEY, with commas between them; () where it is not set."""
     return tuple(key.strip() for key in os.environ.get("HARMONIUM_API_KEY", "").split(",") if key.strip())
+
+
+@dataclass(frozen=True, slots=True)
+class TracingEnvironment:
+    """What OpenTelemetry's variables say. endpoint: of a collector, None: nowhere."""
+
+    endpoint: str | None
+    service_name: str
+    is_disabled: bool
+
+
+def environment_tracing() -> TracingEnvironment:
+    """Read OTEL_EXPORTER_OTLP_TRACES_ENDPOINT or _ENDPOINT, OTEL_SERVICE_NAME and OTEL_SDK_DISABLED.
+
+    Source of their meaning: OpenTelemetry's specification of environment variables.
+    """
+    names = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+    return TracingEnvironment(
+        endpoint=next((os.environ[name] for name in names if os.environ.get(name)), None),
+        service_name=os.environ.get("OTEL_SERVICE_NAME") or "harmonium",
+        is_disabled=os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true",
+    )
 
 
 def cache_folder() -> Path:

@@ -11,7 +11,6 @@ for latencies vllm-project/vllm:vllm/tracing.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
@@ -19,6 +18,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from harmonium.config import environment_tracing
 from harmonium.engine.protocol import Engine, EngineInfo, Request, TokenEvent
 from harmonium.errors import ConfigError
 from harmonium.model.batch import SamplingParams
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
     from opentelemetry.trace import Span
     from starlette.types import Scope
-
-ENDPOINT_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 
 _UNTRACED = frozenset({"/health", "/ready", "/metrics"})
 _request_span: ContextVar[Span | None] = ContextVar("harmonium_request_span", default=None)
@@ -41,11 +39,10 @@ def find_tracing(endpoint: str | None) -> Tracing | None:
     endpoint: as --otlp-endpoint gives it; an address without a path gets /v1/traces. Raises ConfigError for
     an address that is none, and when the extra [otel] is not installed.
     """
-    given = [os.environ[name] for name in ENDPOINT_VARIABLES if os.environ.get(name)]
-    disabled = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
-    if disabled or (endpoint is None and not given):
+    found = environment_tracing()
+    source = endpoint if endpoint is not None else found.endpoint
+    if found.is_disabled or source is None:
         return None
-    source = endpoint if endpoint is not None else given[0]
     parts = urlsplit(source)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(f"the OTLP endpoint is {source[:200]!r}; expected such as http://localhost:4318")
@@ -75,7 +72,7 @@ class Tracing:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-        resource = Resource.create({"service.name": os.environ.get("OTEL_SERVICE_NAME") or "harmonium"})
+        resource = Resource.create({"service.name": environment_tracing().service_name})
         self._provider: TracerProvider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(processor(exporter))
         self._tracer = self._provider.get_tracer("harmonium")

@@ -192,7 +192,7 @@ def test_damaged_and_missing_blocks_are_computed_again(tmp_path: Path) -> None:
     paths[1].write_bytes(paths[1].read_bytes()[:-1])
     again, _ = asyncio.run(ask(tmp_path, [greedy(prompt, 5), greedy(prompt, 5)]))
     assert [tokens_of(events) for events in again] == [expected_answer(prompt, 5)] * 2
-    # The missing one was kept again; that the other is damaged shows when it is read, then it is replaced too.
+    # The missing one was kept again; that the other is damaged shows when it is read: then it goes too.
     asyncio.run(ask(tmp_path, [greedy(prompt, 5)]))
     last, _ = asyncio.run(ask(tmp_path, [greedy(prompt, 5)]))
     assert last[0][-1].num_cached_tokens == 288

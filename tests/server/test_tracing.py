@@ -15,7 +15,7 @@ import pytest
 from harmonium.engine import LocalEngine
 from harmonium.errors import ConfigError
 from harmonium.server import ServerConfig, ServerState
-from harmonium.server.tracing import ENDPOINT_VARIABLES, Tracing, find_tracing
+from harmonium.server.tracing import Tracing, find_tracing
 from tests.engine.serving import make_engine
 from tests.scripted_chat import gen
 from tests.server.client import HELLO, call, chat, make_state
@@ -28,7 +28,12 @@ TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
 @pytest.fixture(autouse=True)
 def no_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*ENDPOINT_VARIABLES, "OTEL_SDK_DISABLED", "OTEL_SERVICE_NAME"):
+    for name in (
+        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
+        "OTEL_EXPORTER_OTLP_ENDPOINT",
+        "OTEL_SDK_DISABLED",
+        "OTEL_SERVICE_NAME",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
