@@ -26,11 +26,6 @@ def test_import_loads_nothing_heavy() -> None:
     assert [name for name in loaded if name.startswith("harmonium")] == ["harmonium"]
 
 
-def test_import_takes_less_than_100_ms() -> None:
-    code = "import time; t = time.perf_counter(); import harmonium; print(time.perf_counter() - t)"
-    assert min(float(run(code)) for _ in range(3)) < 0.1
-
-
 def test_every_public_name_resolves_and_is_listed() -> None:
     for name in harmonium.__all__:
         assert getattr(harmonium, name) is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 from typing import Any
 
@@ -466,38 +465,3 @@ def test_full_queue_is_a_429_before_anything_is_sent() -> None:
             assert error_of(answer, 429)["code"] == "rate_limit_exceeded"
             assert answer.headers["retry-after"] == "1"
     assert state.num_running == 0
-
-
-def test_background_response_is_polled_resumed_and_kept() -> None:
-    state = make_state(REASONED)
-
-    async def work(client: httpx.AsyncClient) -> None:
-        body = (await client.post(PATH, json={"input": "x", "background": True})).json()
-        check_response(body)
-        assert body["status"] == "queued"
-        path = f"{PATH}/{body['id']}"
-        while (now := (await client.get(path)).json())["status"] in ("queued", "in_progress"):
-            await asyncio.sleep(0.001)  # in-process calls never give way to the task that works
-        check_response(now)
-        assert (now["status"], texts(now, "message")) == ("completed", ["Hi there"])
-        whole = events_of(await client.get(path, params={"stream": "true"}))
-        check_events(whole)
-        assert whole[-1]["response"] == now
-        rest = events_of(await client.get(path, params={"stream": "true", "starting_after": 5}))
-        assert rest == whole[6:]
-        assert (await client.post(f"{path}/cancel")).json() == now
-
-    with_client(state, work)
-    assert state.num_running == 0
-
-
-def test_stream_of_a_foreground_response_cannot_be_replayed() -> None:
-    state = make_state(OK)
-
-    async def work(client: httpx.AsyncClient) -> None:
-        body = (await client.post(PATH, json={"input": "x"})).json()
-        answer = await client.get(f"{PATH}/{body['id']}", params={"stream": "true"})
-        assert error_of(answer, 400)["code"] == "no_stored_stream"
-        assert error_of(await client.post(f"{PATH}/{body['id']}/cancel"), 400)["code"] == "not_cancellable"
-
-    with_client(state, work)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import httpx
+
 from harmonium.engine import ScriptedEngine
 from harmonium.server import ServerConfig, ServerState
 from harmonium.server.responses_input import prepare_response
 from harmonium.server.responses_run import BackgroundRun, Responses
 from harmonium.server.responses_schema import ResponsesRequest
 from harmonium.server.store import ResponseStore
-from tests.scripted_chat import FINAL, gen
-from tests.server.client import engine_of
-from tests.server.responses_client import check_events
+from tests.scripted_chat import FINAL, REASONED, gen
+from tests.server.client import engine_of, error_of, make_state, with_client
+from tests.server.responses_client import PATH, check_events, check_response, events_of, texts
 
 
 def _responses(text: str, seconds: float) -> Responses:
@@ -133,3 +135,38 @@ def test_abandoned_stream_frees_its_slot_and_stores_nothing() -> None:
         assert len(responses.store) == 0
 
     asyncio.run(work())
+
+
+def test_background_response_is_polled_resumed_and_kept() -> None:
+    state = make_state(REASONED)
+
+    async def work(client: httpx.AsyncClient) -> None:
+        body = (await client.post(PATH, json={"input": "x", "background": True})).json()
+        check_response(body)
+        assert body["status"] == "queued"
+        path = f"{PATH}/{body['id']}"
+        while (now := (await client.get(path)).json())["status"] in ("queued", "in_progress"):
+            await asyncio.sleep(0.001)  # in-process calls never give way to the task that works
+        check_response(now)
+        assert (now["status"], texts(now, "message")) == ("completed", ["Hi there"])
+        whole = events_of(await client.get(path, params={"stream": "true"}))
+        check_events(whole)
+        assert whole[-1]["response"] == now
+        rest = events_of(await client.get(path, params={"stream": "true", "starting_after": 5}))
+        assert rest == whole[6:]
+        assert (await client.post(f"{path}/cancel")).json() == now
+
+    with_client(state, work)
+    assert state.num_running == 0
+
+
+def test_stream_of_a_foreground_response_cannot_be_replayed() -> None:
+    state = make_state(FINAL.format("ok"))
+
+    async def work(client: httpx.AsyncClient) -> None:
+        body = (await client.post(PATH, json={"input": "x"})).json()
+        answer = await client.get(f"{PATH}/{body['id']}", params={"stream": "true"})
+        assert error_of(answer, 400)["code"] == "no_stored_stream"
+        assert error_of(await client.post(f"{PATH}/{body['id']}/cancel"), 400)["code"] == "not_cancellable"
+
+    with_client(state, work)
