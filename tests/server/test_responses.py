@@ -13,9 +13,6 @@ from tests.server.client import call, engine_of, error_of, make_state, prompt_te
 from tests.server.responses_client import (
     PATH,
     Json,
-    check_events,
-    check_response,
-    events_of,
     function,
     respond,
     stream,
