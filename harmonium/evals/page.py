@@ -83,31 +83,61 @@ def _same_model(name: str) -> str:
 
 
 def _results(report: Report) -> str:
-    head = (
-        "effort", "items", "samples", "accuracy", "95 %", "cut off", "empty", "errors", "tokens", "reasoning",
-        "answer", "longest", "tok/s each", "tok/s in all", "first token", "time",
-    )  # fmt: skip
+    head = ("effort", "items", "samples", "accuracy", "95 %", "cut off", "empty", "errors")
     rows = [
         (
-            escape(row.effort), f"{row.items:,}", f"{row.samples:,}", f"<b>{percent(row.accuracy)}</b>",
-            interval(row.accuracy), _warned(row.truncated, row.samples), _warned(row.empty, row.samples),
-            _warned(row.errors, 0), amount(row.completion_tokens), amount(row.reasoning_tokens),
-            amount(row.answer_tokens), amount(row.longest_tokens), amount(row.tokens_per_second, 1),
+            escape(row.effort),
+            f"{row.items:,}",
+            f"{row.samples:,}",
+            f"<b>{percent(row.accuracy)}</b>",
+            interval(row.accuracy),
+            _warned(row.truncated, row.samples),
+            _warned(row.empty, row.samples),
+            _warned(row.errors, 0),
+        )
+        for row in report.summaries
+    ]
+    note = (
+        "Cut off and empty answers count as wrong (one that was cut off in its reasoning is both); errors "
+        f"are not judged, --resume asks them again. {INTERVAL_NOTE}."
+    )
+    return f"<h2>Results</h2>{_table(head, rows)}<p class='soft'>{escape(note)}</p>{_speed(report)}"
+
+
+def _speed(report: Report) -> str:
+    head = (
+        "effort",
+        "tokens",
+        "reasoning",
+        "answer",
+        "longest",
+        "tok/s each",
+        "in all",
+        "first token",
+        "time",
+    )
+    rows = [
+        (
+            escape(row.effort),
+            amount(row.completion_tokens),
+            amount(row.reasoning_tokens),
+            amount(row.answer_tokens),
+            amount(row.longest_tokens),
+            amount(row.tokens_per_second, 1),
             amount(row.total_tokens_per_second, 1),
             f"{row.first_token_seconds:.2f} s" if row.first_token_seconds is not None else "-",
             duration(row.seconds),
         )
         for row in report.summaries
-    ]  # fmt: skip
+    ]
     note = (
-        "Cut off and empty answers count as wrong; errors are not judged (--resume asks them again). Tokens "
-        "are means of a sample; tok/s each and first token are medians, with the waiting for a place among "
-        "others. "
-        f"{INTERVAL_NOTE}."
+        "Tokens are means of a sample. Tokens a second of each sample and its first token are medians, with "
+        "the waiting for a place among others; in all: every token over the time in which any sample "
+        "was being answered."
     )
     if not all(row.is_reasoning_counted for row in report.summaries):
         note += " The server does not count reasoning tokens: they were counted from its text."
-    return f"<h2>Results</h2>{_table(head, rows)}<p class='soft'>{escape(note)}</p>"
+    return f"<h2>Tokens and speed</h2>{_table(head, rows)}<p class='soft'>{escape(note)}</p>"
 
 
 def _warned(count: int, total: int) -> str:
@@ -146,7 +176,7 @@ def _groups(report: Report) -> str:
 def _token_section(report: Report) -> str:
     parts = []
     for effort in EFFORTS:
-        plot = token_plot([sample for sample in report.samples if sample.effort == effort])
+        plot = token_plot([s for s in report.samples if s.effort == effort], report.samples)
         if plot:
             parts.append(f"<h3>{effort}</h3>{plot}")
     if not parts:
@@ -161,11 +191,13 @@ def _token_section(report: Report) -> str:
 def _published_table(report: Report) -> str:
     if not report.published:
         return "<h2>Published figures</h2><p class='soft'>OpenAI's model card has none for this task.</p>"
-    rows = [
-        (escape(f.model), f.effort or "high", f"{f.percent:.1f} %", escape(f.remark))
-        for f in report.published
-    ]
-    table = _table(("model", "effort", "accuracy", ""), rows)
+    models = dict.fromkeys(figure.model for figure in report.published)
+    rows = []
+    for model in models:
+        figures = {figure.effort: figure for figure in report.published if figure.model == model}
+        cells = [f"{figures[e].percent:.1f} %" if e in figures else "" for e in (*EFFORTS, "")]
+        rows.append((escape(model), *cells, escape(" ".join(f.remark for f in figures.values()).strip())))
+    table = _table(("model", *EFFORTS, "effort not stated", ""), rows)
     return f"<h2>Published figures</h2>{table}<p class='soft'>{escape(SOURCE)}</p>"
 
 

@@ -67,26 +67,28 @@ def _x(percent: float) -> float:
     return _LABELS + (_WIDTH - _LABELS - _RIGHT) * percent / 100
 
 
-def token_plot(samples: Sequence[Sample]) -> str:
+def token_plot(samples: Sequence[Sample], scale: Sequence[Sample]) -> str:
     """How many samples took how many tokens, in steps of a factor of the square root of 2; cut ones marked.
 
-    "" where the server counted no tokens.
+    scale: the samples whose range the axis covers, so that several plots can be compared. "" where the server
+    counted no tokens.
     """
-    found = [
-        (sample.reply.completion_tokens, sample.reply.is_truncated)
-        for sample in samples
-        if sample.reply is not None and sample.reply.completion_tokens
-    ]
-    if not found:
+    steps = [_step(sample) for sample in samples]
+    reached = [step for sample in scale if (step := _step(sample)) is not None]
+    if not reached or all(step is None for step in steps):
         return ""
-    step = [math.floor(2 * math.log2(tokens)) for tokens, _ in found]
-    first, last = min(step), max(step)
-    columns = last - first + 1
+    first, columns = min(reached), max(reached) - min(reached) + 1
     whole, cut = [0] * columns, [0] * columns
-    for place, (_, is_cut) in zip(step, found, strict=True):
-        (cut if is_cut else whole)[place - first] += 1
+    for step, sample in zip(steps, samples, strict=True):
+        if step is not None and sample.reply is not None:
+            (cut if sample.reply.is_truncated else whole)[step - first] += 1
     top = max(a + b for a, b in zip(whole, cut, strict=True))
     return _histogram(first, whole, cut, top)
+
+
+def _step(sample: Sample) -> int | None:
+    tokens = sample.reply.completion_tokens if sample.reply is not None else None
+    return math.floor(2 * math.log2(tokens)) if tokens else None
 
 
 def _histogram(first: int, whole: Sequence[int], cut: Sequence[int], top: int) -> str:
@@ -111,11 +113,12 @@ def _histogram(first: int, whole: Sequence[int], cut: Sequence[int], top: int) -
                     f'<rect class="bar {kind}" x="{x + 1:.1f}" y="{y:.1f}" width="{width - 2:.1f}" '
                     f'height="{size:.1f}"><title>{tokens}{" cut off" if kind == "bad" else ""}</title></rect>'
                 )
-        if place % every == 0:
-            parts.append(
-                f'<text class="tick" x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">'
-                f"{_tokens(first + place)}</text>"
-            )
+    for place in range(0, len(whole) + 1, every):
+        x = left + place * width
+        parts.append(
+            f'<text class="tick" x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">'
+            f"{_tokens(first + place)}</text>"
+        )
     return "".join([*parts, "</svg>"])
 
 

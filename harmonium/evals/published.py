@@ -28,8 +28,8 @@ _FIGURE_1 = {
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """percent: accuracy. effort: of gpt-oss; "" for the others, which were measured at high. remark: what
-    was different.
+    """percent: accuracy. effort: of gpt-oss; "" for the others, of which the source does not say it.
+    remark: what was different.
     """
 
     model: str
