@@ -67,21 +67,26 @@ class AdapterSet:
         if batch.adapter_S is None or batch.adapter_S.max(initial=-1) < 0:
             return None
         assert batch.adapter_S.max() < len(self.adapters), "the batch names an adapter that is not there"
-        adapter_T = np.repeat(batch.adapter_S.astype(np.int32), np.diff(batch.query_start_S1))
-        return _step_adapters(self, adapter_T)
+        place_T = np.repeat(batch.adapter_S.astype(np.int32), np.diff(batch.query_start_S1))
+        return _step_adapters(self, place_T)
 
 
 @dataclass(frozen=True, slots=True)
 class StepAdapters:
-    """The adapters of a step. adapter_T: place of each row's in the set, -1: none. rows: each adapter's."""
+    """The adapters of a step.
+
+    rows: those of each adapter, by its place in the set. adapter_T: the place of each row's among these
+    adapters, so that the others cost nothing; -1: none.
+    """
 
     held: AdapterSet
-    adapter_T: Rows
     rows: Mapping[int, Rows]
+    adapter_T: Rows
 
     def keep(self, row_R: Rows) -> StepAdapters | None:
         """For a step that goes on with these rows alone."""
-        adapter_R = self.adapter_T[row_R]
+        places = np.array([-1, *self.rows], np.int32)
+        adapter_R = places[self.adapter_T[row_R] + 1]
         return _step_adapters(self.held, adapter_R) if adapter_R.max(initial=-1) >= 0 else None
 
     def add_qkv(self, layer: int, normed_TD: FloatArray, qkv_TN: FloatArray) -> None:
@@ -103,9 +108,9 @@ class StepAdapters:
         return extra_TE
 
     def experts(self, layer: int) -> list[ExpertAdapter] | None:
-        """What is added to the experts' products, for each adapter of the set; None: nothing."""
-        adapters = self.held.experts[layer]
-        return adapters if any(adapters[index] != (None, None) for index in self.rows) else None
+        """What is added to the experts' products, as adapter_T counts the adapters; None: nothing."""
+        adapters = [self.held.experts[layer][index] for index in self.rows]
+        return None if all(adapter == (None, None) for adapter in adapters) else adapters
 
     def _add(self, layer: int, target: str, x_TK: FloatArray, out_TN: FloatArray, column: int) -> None:
         for index, row_X in self.rows.items():
@@ -114,10 +119,14 @@ class StepAdapters:
                 low_rank(x_TK, row_X, pair.a, pair.b, pair.scale, out_TN, column)
 
 
-def _step_adapters(held: AdapterSet, adapter_T: Rows) -> StepAdapters:
-    present = np.unique(adapter_T[adapter_T >= 0])
-    rows = {int(index): np.flatnonzero(adapter_T == index).astype(np.int32) for index in present}
-    return StepAdapters(held, adapter_T, rows)
+def _step_adapters(held: AdapterSet, place_T: Rows) -> StepAdapters:
+    """place_T: each row's place in the set, -1: none."""
+    rows: dict[int, Rows] = {}
+    adapter_T = np.full_like(place_T, -1)
+    for number, place in enumerate(np.unique(place_T[place_T >= 0])):
+        rows[int(place)] = np.flatnonzero(place_T == place).astype(np.int32)
+        adapter_T[rows[int(place)]] = number
+    return StepAdapters(held, rows, adapter_T)
 
 
 def _expert_adapter(layer: Mapping[str, LowRank]) -> ExpertAdapter:

@@ -53,7 +53,7 @@ async def load_adapter(request: Request) -> Response:
         await host.load_adapter(LoraSource(body.lora_name, Path(body.lora_path)))
     except CheckpointError as error:
         raise ApiError(f"lora_path holds no adapter for this model: {error}", param="lora_path") from None
-    _log.info("adapter %s is served from %s", body.lora_name, body.lora_path)
+    _log.info("adapter %s is served from %r", body.lora_name, body.lora_path)
     return PlainTextResponse(
         f"Success: LoRA adapter '{body.lora_name}' added successfully.", headers=ignored_headers(body)
     )
