@@ -101,9 +101,10 @@ def _discard(stream: TextIO) -> None:
 def run_inspect(arguments: argparse.Namespace) -> int:
     """`harmonium inspect`."""
     from harmonium.inspect_report import inspect
-    from harmonium.loading import find_model
+    from harmonium.loading import model_to_inspect
 
-    report = inspect(find_model(arguments.model), engine_config(arguments))
+    with model_to_inspect(arguments.model) as (path, origin):
+        report = inspect(path, engine_config(arguments), origin)
     if arguments.json:
         _print_json(report.to_json())
     else:
@@ -229,6 +230,14 @@ def run_eval(arguments: argparse.Namespace) -> int:
     return run_eval(arguments)
 
 
+def run_pull(arguments: argparse.Namespace) -> int:
+    """`harmonium pull`."""
+    from harmonium.loading import pull_model
+
+    print(pull_model(arguments))
+    return 0
+
+
 COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "inspect": run_inspect,
     "generate": run_generate,
@@ -236,6 +245,7 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "bench": run_bench,
     "serve": run_serve,
     "eval": run_eval,
+    "pull": run_pull,
 }
 
 

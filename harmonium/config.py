@@ -1,7 +1,7 @@
 """Settings: frozen dataclasses, the machine's facts, and the one function that settles "auto".
 
 This module is the only reader of environment variables (HARMONIUM_ISA, HARMONIUM_THREADS, HARMONIUM_API_KEY,
-XDG_CACHE_HOME, TERM, and OpenTelemetry's).
+XDG_CACHE_HOME, TERM, OpenTelemetry's; through `environment_text` those of hub/settings.py).
 Configuration is composed, never inherited; `resolve(config, hardware)` is pure, and what it returns is
 printed by `harmonium inspect` and logged once at start.
 """
@@ -181,6 +181,14 @@ def environment_config() -> dict[str, object]:
             )
         settings["threads"] = int(threads)
     return settings
+
+
+def environment_text(name: str) -> str:
+    """What a variable holds, without blanks around it; "" where it is not set.
+
+    For the variables of other programs (Hugging Face's, ModelScope's, Ollama's): hub/settings.py says which.
+    """
+    return os.environ.get(name, "").strip()
 
 
 def environment_api_keys() -> tuple[str, ...]:

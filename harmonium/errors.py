@@ -4,6 +4,7 @@
     ├── ConfigError              a setting, a path or an option that cannot be used           exit 2
     │   └── MemoryPlanError      the plan needs more memory than the machine has              exit 2
     ├── CheckpointError          a file of a checkpoint breaks its format or its config       exit 1
+    ├── HubError                 a download that cannot be had, or ended                      exit 1
     ├── RequestError             a request that can never succeed                             HTTP 400
     │   └── PromptTooLong        the prompt does not fit the context                          HTTP 400
     ├── EngineError              the engine failed                                            HTTP 500
@@ -52,6 +53,14 @@ class CheckpointError(HarmoniumError):
 
     exit_code = 1
     code = "invalid_checkpoint"
+
+
+class HubError(HarmoniumError):
+    """A hub did not give what was asked of it: no network, no such model, not allowed, wrong bytes."""
+
+    exit_code = 1
+    status = 502
+    code = "hub_error"
 
 
 class RequestError(HarmoniumError):

@@ -21,11 +21,12 @@ _NO_LIMIT_BYTES = 1 << 60
 @dataclass(frozen=True, slots=True)
 class InspectReport:
     """refusal: why the plan does not fit, None where it does; the memory plan is then what would be
-    needed.
+    needed. origin: what to call the checkpoint; None: its path.
     """
 
     plan: EnginePlan
     refusal: str | None
+    origin: str | None = None
 
     def to_json(self) -> dict[str, object]:
         """All of it, as `--json` prints it. Sizes in bytes."""
@@ -33,7 +34,7 @@ class InspectReport:
         total, active = num_parameters(checkpoint)
         return {
             "model": {
-                "path": str(checkpoint.path),
+                "path": self.origin or str(checkpoint.path),
                 "layout": checkpoint.layout,
                 "experts": checkpoint.expert_format,
                 "parameters": total,
@@ -76,7 +77,11 @@ class InspectReport:
         total, active = num_parameters(checkpoint)
         kinds = config.layer_kinds
         rows = [
-            ("model", f"{checkpoint.path} ({checkpoint.layout} layout, {checkpoint.expert_format} experts)"),
+            (
+                "model",
+                f"{self.origin or checkpoint.path} "
+                f"({checkpoint.layout} layout, {checkpoint.expert_format} experts)",
+            ),
             ("parameters", f"{_count(total)}, {_count(active)} active for a token"),
             (
                 "layers",
@@ -113,7 +118,7 @@ class InspectReport:
         )
 
 
-def inspect(path: Path, config: EngineConfig) -> InspectReport:
+def inspect(path: Path, config: EngineConfig, origin: str | None = None) -> InspectReport:
     """Look at a checkpoint and plan; reads headers, takes no memory. A plan that does not fit is reported.
 
     Raises ConfigError and CheckpointError.
@@ -127,7 +132,7 @@ def inspect(path: Path, config: EngineConfig) -> InspectReport:
         limit_bytes = config.memory_limit_bytes or plan.hardware.memory_available_bytes
         plan = replace(plan, memory=_least(plan.memory, limit_bytes))
     plan.close()
-    return InspectReport(plan, refusal)
+    return InspectReport(plan, refusal, origin)
 
 
 def _least(memory: MemoryPlan, limit_bytes: int) -> MemoryPlan:

@@ -23,7 +23,10 @@ DEFAULT_EFFORT: Effort = "medium"
 DEMO = "demo"
 """The word MODEL that stands for the model inside the package, and is meant where no MODEL is given."""
 
-MODEL_HELP = "a checkpoint folder; default: `demo`, a small model in this package; `tiny`: a random one"
+MODEL_HELP = (
+    "a folder, a name (openai/gpt-oss-20b, 20b, 120b), `tiny`: a random one; "
+    "default: `demo`, a small model in this package"
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -109,6 +112,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     evaluation = add("eval", "Ask a benchmark's questions over HTTP, judge the answers, write a report.")
     add_eval(evaluation)
     _add_running(evaluation)
+    _add_pull(add("pull", "Download a model, whole and checked; print its folder."))
     return parser, commands
 
 
@@ -273,6 +277,15 @@ def lora_source(text: str) -> LoraSource:
     except RuntimeError:
         path = Path(given)
     return LoraSource(name if separator else path.resolve().name, path)
+
+
+def _add_pull(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="such as openai/gpt-oss-20b, 20b or 120b")
+    parser.add_argument("--source", metavar="HUB", help="huggingface or modelscope; also HARMONIUM_SOURCE")
+    parser.add_argument("--revision", metavar="NAME", help="a branch, tag or commit; also MODEL@NAME")
+    parser.add_argument("--original", action="store_true", help="OpenAI's layout in place of Hugging Face's")
+    parser.add_argument("--token", metavar="TOKEN", help="also HF_TOKEN, MODELSCOPE_API_TOKEN")
+    parser.add_argument("--dir", metavar="FOLDER", help="a plain folder; default: the hub's cache")
 
 
 _UNITS = {

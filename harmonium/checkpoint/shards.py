@@ -46,6 +46,21 @@ def find_folder(path: Path) -> Path:
     return path
 
 
+def model_name(folder: Path) -> str:
+    """What to call a model: the folder's name, in a cache of downloads the repository's (openai/gpt-oss-20b).
+
+    Source of the caches' layout: hub/stores.py and hub/local.py.
+    """
+    folder = folder.resolve()
+    if folder.name == "original":
+        folder = folder.parent
+    if folder.parent.name == "snapshots":
+        repository = folder.parent.parent.name.removeprefix("models--")
+        if repository.count("--") == 1:
+            return repository.replace("--", "/")
+    return folder.name
+
+
 def find_shards(folder: Path) -> dict[Path, list[str] | None]:
     """The weight files of a folder, each with the tensors that the index says it holds (None: all of them).
 
@@ -115,8 +130,8 @@ def _missing(path: Path) -> str:
         return f"{text!r} is a link to something that does not exist"
     if text.count("/") == 1 and not text.startswith((".", "/", "~")):
         return (
-            f"{text!r} is not a folder here; if you mean the model of that name on Hugging Face, download it "
-            f"first (hf download {text} --local-dir FOLDER) and give the folder"
+            f"{text!r} is not a folder here; if you mean the model of that name on a hub, download it first "
+            f"(harmonium pull {text} --dir FOLDER) and give the folder"
         )
     return f"{text!r} does not exist; expected the folder of a checkpoint (config.json and *.safetensors)"
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 
+from harmonium.checkpoint import shards
 from harmonium.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from harmonium.checkpoint.lora import LoraFiles, open_lora
 from harmonium.checkpoint.model_config import ModelConfig
@@ -110,7 +111,7 @@ def create_engine(
 ) -> LocalEngine:
     """Load a checkpoint and serve it. Sets the process's kernels and threads.
 
-    progress: called while weights are loaded. model_name: None takes the folder's name.
+    progress: called while weights are loaded. model_name: None takes the folder's name, or the repository's.
 
     Raises what `plan_engine` raises, and MemoryPlanError when the machine gives less than was planned.
     """
@@ -149,7 +150,7 @@ def create_engine(
     served = enumerate(zip(plan.adapters, loaded, strict=True))
     return LocalEngine(
         runner,
-        model_name=model_name or plan.checkpoint.path.resolve().name,
+        model_name=model_name or shards.model_name(plan.checkpoint.path),
         context_length=memory.context_length,
         num_full_blocks=memory.num_full_blocks,
         num_window_blocks=memory.num_window_blocks,

@@ -20,7 +20,7 @@ import uvicorn
 
 from harmonium.config import EngineConfig, environment_api_keys
 from harmonium.engine.protocol import Engine
-from harmonium.errors import ConfigError, HarmoniumError
+from harmonium.errors import ConfigError
 from harmonium.harmony.grammar_compile import tokenizer as build_grammar_tokenizer
 from harmonium.harmony.messages import reasoning_effort
 from harmonium.options import DEMO
@@ -194,7 +194,7 @@ async def _load(server: DrainingServer, model: str | None, script: Path | None, 
     state = server.state
     try:
         engine = await _make_engine(state, model, script, config)
-    except HarmoniumError as error:
+    except Exception as error:  # of any kind: requests would wait for a model that never comes
         state.fail(str(error))
         server.should_exit = True
         raise
@@ -222,10 +222,10 @@ async def _make_engine(
     assert model is not None, "one of both is given"
     # Here: a script needs no native kernels.
     from harmonium.engine.create import create_engine
-    from harmonium.loading import find_model, progress_bar
+    from harmonium.loading import find_model, model_name, progress_bar
 
-    path = find_model(model)
-    _check_adapter_names(config, state.config.model_names or (path.resolve().name,))
+    path = await asyncio.to_thread(find_model, model)  # a download may take an hour
+    _check_adapter_names(config, state.config.model_names or (model_name(path),))
     with progress_bar(f"loading {path.name}") as bar:
 
         def progress(done: int, total: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from harmonium.checkpoint.shards import INDEX_NAME, find_folder, find_shards
+from harmonium.checkpoint.shards import INDEX_NAME, find_folder, find_shards, model_name
 from harmonium.errors import CheckpointError, ConfigError
 
 
@@ -48,7 +48,7 @@ def test_a_model_name_of_the_hub_says_how_to_download_it(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        ConfigError, match=r"'openai/gpt-oss-20b' is not a folder here.*hf download openai/gpt-oss-20b"
+        ConfigError, match=r"'openai/gpt-oss-20b' is not a folder here.*harmonium pull openai/gpt-oss-20b"
     ):
         find_folder(Path("openai/gpt-oss-20b"))
 
@@ -189,3 +189,18 @@ def test_shards_may_be_links_out_of_the_folder(tmp_path: Path) -> None:
     assert find_shards(index(folder, {"t": "x.safetensors"})) == {folder / "x.safetensors": ["t"]}
     shutil.rmtree(tmp_path / "blobs")
     assert list(find_shards(folder)) == [folder / "x.safetensors"]  # opening it says that the link is broken
+
+
+@pytest.mark.parametrize(
+    ("folder", "expected"),
+    [
+        ("mine/gpt-oss-20b", "gpt-oss-20b"),
+        ("mine/gpt-oss-20b/original", "gpt-oss-20b"),
+        ("hub/models--openai--gpt-oss-20b/snapshots/0123abcd", "openai/gpt-oss-20b"),
+        ("hub/models--openai--gpt-oss-20b/snapshots/0123abcd/original", "openai/gpt-oss-20b"),
+        ("models/openai-mirror--gpt-oss-20b/snapshots/master", "openai-mirror/gpt-oss-20b"),
+        ("x/snapshots/y", "y"),
+    ],
+)
+def test_a_model_in_a_cache_has_its_repositorys_name(folder: str, expected: str, tmp_path: Path) -> None:
+    assert model_name(tmp_path / folder) == expected
