@@ -29,7 +29,8 @@ __all__ = ["find_model", "load_engine", "model_name", "model_to_inspect", "progr
 
 def find_model(word: str) -> Path:
     """The checkpoint's folder. `demo` unpacks the package's model into the user's cache, once; `tiny` makes a
-    small random one there; the name of a model on a hub is looked for on this machine, else downloaded.
+    small random one there; the name of a model on a hub is looked for on this machine, else downloaded;
+    `ollama:NAME` and `lmstudio:NAME` are what those programs keep.
 
     Says on stderr that the tiny model is random, and what is downloaded. Raises CheckpointError when the demo
     model is damaged, ConfigError when the cache cannot be written, and for a path that does not exist beside
@@ -40,6 +41,12 @@ def find_model(word: str) -> Path:
         return demo_checkpoint_path()
     if word == TINY:
         return _tiny()
+    if word.startswith(("ollama:", "lmstudio:")):
+        from harmonium.hub.others import find_elsewhere
+
+        elsewhere = find_elsewhere(word)
+        assert elsewhere is not None, "both prefixes are known there"
+        return elsewhere
     found = _hub_name(word)
     if found is None:
         return _path(word)

@@ -353,6 +353,61 @@ void bind_moe_packed(nb::handle x, nb::handle expert_id, nb::handle expert_weigh
   run_moe(x, expert_id, expert_weight, experts, gate_up_bias, down_bias, out, Activations::int8, adapters, adapter_of);
 }
 
+// ggml's experts: `second` None where gate and up are rows of one matrix in turn.
+void bind_moe_ggml(nb::handle x, nb::handle expert_id, nb::handle expert_weight, nb::handle gate, nb::handle up_object,
+                   bool is_split, nb::handle gate_up_bias, nb::handle down_rows, nb::handle down_bias, nb::handle out,
+                   float limit, float alpha, const std::string& activations, nb::handle adapters,
+                   nb::handle adapter_of) {
+  const Array<std::uint8_t> first(gate, "gate", 3), down(down_rows, "down", 3);
+  const bool has_two = !up_object.is_none();
+  const Array<std::uint8_t> second(has_two ? up_object : gate, "up", 3);
+  require(first.shape(2) % kGgmlMxfp4Bytes == 0 && down.shape(2) % kGgmlMxfp4Bytes == 0,
+          "gate or down has rows that are no multiple of 17 bytes");
+  const std::int64_t num_experts = first.shape(0), hidden = first.shape(2) / kGgmlMxfp4Bytes * kBlock;
+  const std::int64_t size = down.shape(2) / kGgmlMxfp4Bytes * kBlock;
+  check_blocks(hidden, "gate");
+  check_blocks(size, "down");
+  first.expect({-1, has_two ? size : 2 * size, -1});
+  second.expect({num_experts, first.shape(1), first.shape(2)});
+  down.expect({num_experts, hidden, -1});
+  const auto kind = Weight::Kind::ggml;
+  Experts experts{{kind, nullptr, nullptr, nullptr, 2 * size, hidden,
+                   {first.data(), has_two ? second.data() : nullptr, is_split}},
+                  {kind, nullptr, nullptr, nullptr, hidden, size, {down.data(), nullptr, is_split}},
+                  num_experts,
+                  limit,
+                  alpha};
+  run_moe(x, expert_id, expert_weight, experts, gate_up_bias, down_bias, out, parse_activations(activations),
+          adapters, adapter_of);
+}
+
+// One expert's rows in our layout: what packing takes.
+void bind_read_ggml(nb::handle first_object, nb::handle second_object, bool is_split, nb::handle blocks_object,
+                    nb::handle scales_object) {
+  const Array<std::uint8_t> first(first_object, "first", 2);
+  const bool has_two = !second_object.is_none();
+  const Array<std::uint8_t> second(has_two ? second_object : first_object, "second", 2);
+  require(first.shape(1) % kGgmlMxfp4Bytes == 0, "first has rows that are no multiple of 17 bytes");
+  const std::int64_t num_rows = first.shape(0) * (has_two ? 2 : 1), num_blocks = first.shape(1) / kGgmlMxfp4Bytes;
+  second.expect({first.shape(0), first.shape(1)});
+  const Array<std::uint8_t> blocks(blocks_object, "blocks", 3, Access::write);
+  const Array<std::uint8_t> scales(scales_object, "scales", 2, Access::write);
+  blocks.expect({num_rows, num_blocks, 16});
+  scales.expect({num_rows, num_blocks});
+  nb::gil_scoped_release release;
+  read_ggml_rows({first.data(), has_two ? second.data() : nullptr, is_split}, 0, num_rows, num_blocks, blocks.data(),
+                 scales.data());
+}
+
+void bind_q8_to_bf16(nb::handle rows_object, nb::handle out_object) {
+  const Array<std::uint8_t> rows(rows_object, "rows", 2);
+  require(rows.shape(1) % kGgmlQ8Bytes == 0, "rows are no multiple of 34 bytes");
+  const Array<std::uint16_t> out(out_object, "out", 2, Access::write);
+  out.expect({rows.shape(0), rows.shape(1) / kGgmlQ8Bytes * kBlock});
+  nb::gil_scoped_release release;
+  q8_to_bf16(rows.data(), rows.shape(0) * (rows.shape(1) / kGgmlQ8Bytes), out.data());
+}
+
 void bind_moe_bf16(nb::handle x, nb::handle expert_id, nb::handle expert_weight, nb::handle gate_up_weight,
                    nb::handle gate_up_bias, nb::handle down_weight, nb::handle down_bias, nb::handle out, float limit,
                    float alpha, nb::handle adapters, nb::handle adapter_of) {
@@ -411,6 +466,13 @@ void bind_matmul(nb::module_& m) {
   m.def("moe_bf16", &bind_moe_bf16, nb::arg("x"), nb::arg("expert_id"), nb::arg("expert_weight"),
         nb::arg("gate_up_weight"), nb::arg("gate_up_bias"), nb::arg("down_weight"), nb::arg("down_bias"),
         nb::arg("out"), nb::arg("limit"), nb::arg("alpha"), nb::arg("adapters").none(), nb::arg("adapter_T").none());
+  m.def("moe_ggml", &bind_moe_ggml, nb::arg("x"), nb::arg("expert_id"), nb::arg("expert_weight"), nb::arg("gate"),
+        nb::arg("up").none(), nb::arg("is_split"), nb::arg("gate_up_bias"), nb::arg("down"), nb::arg("down_bias"),
+        nb::arg("out"), nb::arg("limit"), nb::arg("alpha"), nb::arg("activations"), nb::arg("adapters").none(),
+        nb::arg("adapter_T").none());
+  m.def("read_ggml", &bind_read_ggml, nb::arg("first"), nb::arg("second").none(), nb::arg("is_split"),
+        nb::arg("blocks"), nb::arg("scales"));
+  m.def("q8_to_bf16", &bind_q8_to_bf16, nb::arg("rows"), nb::arg("out"));
   m.def("low_rank", &bind_low_rank, nb::arg("x"), nb::arg("row"), nb::arg("a"), nb::arg("b"), nb::arg("scale"),
         nb::arg("out"), nb::arg("column"));
   m.def("packed_bytes", [](std::int64_t num_inputs) { return packed_bytes(num_inputs / kBlock); },

@@ -23,7 +23,7 @@ namespace {
 constexpr std::int64_t kMaxTileTokens = 128;  // tokens of a task: a decoded panel is used for so many
 constexpr std::int64_t kHugePage = 2 << 20;
 
-enum Slot { kDecoded = 0, kTile = 1 };
+enum Slot { kDecoded = 0, kTile = 1, kOrdered = 7 };
 
 // The tables of the instruction set in use.
 #if defined(__x86_64__)
@@ -96,7 +96,8 @@ struct Rows {
 void prepare_row(const Weight& weight, Activations kind, const float* x, std::uint8_t* row) {
   if (kind == Activations::bf16) {
     bf16_table().round_row(x, weight.num_inputs, reinterpret_cast<std::uint16_t*>(row));
-  } else if (weight.kind == Weight::Kind::mxfp4 || weight.kind == Weight::Kind::packed) {
+  } else if (weight.kind == Weight::Kind::mxfp4 || weight.kind == Weight::Kind::packed ||
+             weight.kind == Weight::Kind::ggml) {
     int8_table().quantize_row(x, weight.num_inputs, kMxfp4Offset, 0.5f, row);
   } else {
     int8_table().quantize_row(x, weight.num_inputs, kInt8Offset, 1.0f, row);
@@ -176,7 +177,16 @@ float* product(const Weight& weight, std::int64_t expert, std::int64_t first, in
   }
   const std::uint8_t* blocks = weight.data + row * num_blocks * 16;
   const std::uint8_t* scales = weight.scales + row * num_blocks;
-  if (weight.kind == Weight::Kind::mxfp4 && x.kind == Activations::int8 && num_tokens < int8.panel_tokens) {
+  if (weight.kind == Weight::Kind::ggml) {
+    // In order for this tile alone, in memory that stays in the nearest cache: a pass over what is read anyway.
+    auto* ordered = static_cast<std::uint8_t*>(thread_scratch(thread, kOrdered, ggml_tile_bytes(num_blocks)));
+    if (!ordered) return nullptr;
+    blocks = ordered;
+    scales = ordered + kTileRows * num_blocks * 16;
+    read_ggml_rows(weight.ggml, row, num_rows, num_blocks, ordered, ordered + kTileRows * num_blocks * 16);
+  }
+  const bool is_mxfp4 = weight.kind == Weight::Kind::mxfp4 || weight.kind == Weight::Kind::ggml;
+  if (is_mxfp4 && x.kind == Activations::int8 && num_tokens < int8.panel_tokens) {
     int8.mxfp4_product(blocks, scales, num_rows, num_blocks, x.data, x.row_bytes, token, num_tokens, tile);
     return tile;
   }

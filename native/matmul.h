@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "gguf.h"
 #include "low_rank.h"
 
 namespace harmonium {
@@ -137,12 +138,13 @@ enum class Activations : int { int8 = 0, bf16 = 1 };
 
 // A weight of num_outputs by num_inputs, or num_experts of them one after another.
 struct Weight {
-  enum class Kind { panels, mxfp4, packed, bf16_rows, bf16_columns } kind;
+  enum class Kind { panels, mxfp4, packed, ggml, bf16_rows, bf16_columns } kind;
   const std::uint8_t* data;
   const std::uint8_t* scales;  // mxfp4 only
   const std::uint16_t* bias;   // null: none
   std::int64_t num_outputs;
   std::int64_t num_inputs;
+  GgmlMatrix ggml = {nullptr, nullptr, false};  // ggml only; data is not used then
 };
 
 struct Experts {

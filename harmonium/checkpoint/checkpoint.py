@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,7 @@ from harmonium.checkpoint.names import (
     tensor_sources,
 )
 from harmonium.checkpoint.safetensors import Advice, Entry, SafetensorsFile
-from harmonium.checkpoint.shards import CONFIG_NAME, INDEX_NAME, find_folder, find_shards
+from harmonium.checkpoint.shards import CONFIG_NAME, INDEX_NAME, find_folder, find_shards, model_name
 from harmonium.errors import CheckpointError
 
 
@@ -47,9 +47,9 @@ class TensorInfo:
 class Checkpoint:
     """An open checkpoint: read-only views of the mapped files.
 
-    path: the folder that the files lie in. layout: "huggingface" or "original". expert_format: "mxfp4" or
-    "bf16" (then the experts lie as [E, in, out]). tensors: canonical name -> TensorInfo, see names.py.
-    ignored: stored names that no part of the model uses, sorted.
+    path: the folder that the files lie in, or the GGUF file. layout: "huggingface", "original" or "gguf".
+    expert_format: "mxfp4" or "bf16" (then the experts lie as [E, in, out]). tensors: canonical name ->
+    TensorInfo, see names.py. ignored: stored names that no part of the model uses, sorted.
     """
 
     def __init__(
@@ -64,11 +64,16 @@ class Checkpoint:
         """Use `open_checkpoint`."""
         self.path = path
         self.config: ModelConfig = config.model
-        self.layout: Layout = config.layout
+        self.layout: Layout | Literal["gguf"] = config.layout
         self.expert_format: ExpertFormat = expert_format
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(tensors))
         self.ignored = ignored
         self._files = files
+
+    @property
+    def name(self) -> str:
+        """What to call the model: its folder's name, in a cache of downloads the repository's."""
+        return model_name(self.path)
 
     def tensor(self, name: str) -> npt.NDArray[Any]:
         """A read-only view: bf16 as its bits in uint16, MXFP4 blocks and scales as uint8.
@@ -127,10 +132,16 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a gpt-oss checkpoint and check it whole: headers, config, every tensor's name, shape and dtype.
 
     path: a folder in the Hugging Face or OpenAI's original layout, one that holds the latter as `original/`,
-    or a file in such a folder. Weights are not read, so MXFP4 scales of 255 (NaN) are not looked for.
+    or a file in such a folder; a GGUF file, or a folder with one and no safetensors. Weights are not read, so
+    MXFP4 scales of 255 (NaN) are not looked for.
 
     Raises ConfigError when there is no such path, CheckpointError for what is wrong with the files.
     """
+    from harmonium.checkpoint.gguf_checkpoint import find_gguf, open_gguf  # here: it needs Checkpoint
+
+    gguf = find_gguf(Path(path))
+    if gguf is not None:
+        return open_gguf(gguf)
     folder = find_folder(Path(path))
     config = read_config(folder / CONFIG_NAME)
     shards = find_shards(folder)

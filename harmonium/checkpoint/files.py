@@ -22,7 +22,7 @@ _FOREIGN = (
         b"version https://git-lfs",
         "this is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`",
     ),
-    (b"GGUF", "this is a GGUF file; reading GGUF is not supported yet, give the safetensors checkpoint"),
+    (b"GGUF", "this is a GGUF file; expected safetensors here (a GGUF file is given by itself)"),
     (
         b"PK\x03\x04",
         "this is a zip archive (PyTorch's pickle format?); pickles are never loaded, expected safetensors",

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 
-from harmonium.checkpoint import shards
 from harmonium.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from harmonium.checkpoint.lora import LoraFiles, open_lora
 from harmonium.checkpoint.model_config import ModelConfig
@@ -150,7 +149,7 @@ def create_engine(
     served = enumerate(zip(plan.adapters, loaded, strict=True))
     return LocalEngine(
         runner,
-        model_name=model_name or shards.model_name(plan.checkpoint.path),
+        model_name=model_name or plan.checkpoint.name,
         context_length=memory.context_length,
         num_full_blocks=memory.num_full_blocks,
         num_window_blocks=memory.num_window_blocks,

@@ -17,7 +17,7 @@ from harmonium.checkpoint.model_config import LayerKind, ModelConfig
 from harmonium.checkpoint.names import EMBEDDING
 from harmonium.config import CACHE_BLOCK_TOKENS, Weights
 from harmonium.errors import CheckpointError, EngineClosed
-from harmonium.kernels.ops import attention, gather_rows, rms_norm, rope_and_store, router
+from harmonium.kernels.ops import attention, rms_norm, rope_and_store, router
 from harmonium.model.batch import Batch, SampledToken, StepResult
 from harmonium.model.lora import AdapterSet, StepAdapters
 from harmonium.model.memory import EMBEDDING_ROWS_KEPT, MAX_LOGIT_ROWS
@@ -215,7 +215,7 @@ class NativeRunner:
         return _Places(cos_TK2, sin_TK2, slot_T, block_SB)
 
     def _embed(self, weights: ModelWeights, token_id_T: npt.NDArray[np.int32], hidden_TD: FloatArray) -> None:
-        gather_rows(weights.embedding_VD, token_id_T, hidden_TD)
+        weights.embed(token_id_T, hidden_TD)
         self._embedding_rows += token_id_T.size
         if self._embedding_rows >= EMBEDDING_ROWS_KEPT:
             # A row faults in 64 KB of the map around it; without this the whole table would end up resident.

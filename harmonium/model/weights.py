@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from harmonium.checkpoint.model_config import LayerKind
+from harmonium.checkpoint.gguf_checkpoint import GgufCheckpoint
+from harmonium.checkpoint.model_config import LayerKind, ModelConfig
 from harmonium.checkpoint.names import EMBEDDING, UNEMBEDDING
 from harmonium.checkpoint.safetensors import Advice
 from harmonium.config import Weights
@@ -27,6 +28,9 @@ from harmonium.kernels.matmul import (
     packed_shape,
     quantize_weight,
 )
+from harmonium.kernels.ops import gather_rows
+from harmonium.model import gguf_weights
+from harmonium.model.gguf_weights import GgufExperts, gather_q8
 from harmonium.model.pages import bring_in
 from harmonium.model.reference import TensorSource
 
@@ -184,7 +188,7 @@ class LayerWeights:
     mlp_norm_D: Bits
     router_weight_ED: Bits
     router_bias_E: Bits
-    experts: Experts
+    experts: Experts | GgufExperts
 
     @property
     def dense_bytes(self) -> int:
@@ -204,12 +208,19 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class ModelWeights:
-    """The whole model. embedding_VD: bf16 bits in the map, gathered row by row."""
+    """The whole model. embedding_VD: bf16 bits in the map, or Q8_0 rows (uint8); gathered row by row."""
 
-    embedding_VD: Bits
+    embedding_VD: npt.NDArray[Any]
     layers: tuple[LayerWeights, ...]
     norm_D: Bits
     unembedding: Linear
+
+    def embed(self, token_id_T: npt.NDArray[np.int32], out_TD: FloatArray) -> None:
+        """Write the rows of tokens to out."""
+        if self.embedding_VD.dtype == np.uint8:
+            gather_q8(self.embedding_VD, token_id_T, out_TD)
+        else:
+            gather_rows(self.embedding_VD, token_id_T, out_TD)
 
     def mapped(self, packs_experts: bool = False) -> list[npt.NDArray[Any]]:
         """What every step reads from the map, in the order in which it does: the embedding's rows apart.
@@ -234,13 +245,12 @@ def load_weights(source: MappedSource, weights: Weights, progress: Progress | No
     Raises CheckpointError for a tensor that is missing.
     """
     config = source.config
-    unembedding = source.tensor(UNEMBEDDING)
-    total = unembedding.nbytes + sum(_dense_bytes(source, layer) for layer in range(config.num_layers))
+    done, layer_bytes = 2 * config.vocabulary_size * config.hidden_size, _dense_bytes(config)
+    total = done + config.num_layers * layer_bytes
     # First, so that its pages are gone again before the experts come: the peak is then what stays.
-    head = Linear(unembedding, None, weights)
+    head = Linear(_matrix(source, UNEMBEDDING), None, weights)
     if weights == "int8":
         source.advise(UNEMBEDDING, "dontneed")
-    done = unembedding.nbytes
     layers = []
     for layer in range(config.num_layers):
         if progress is not None:
@@ -249,10 +259,28 @@ def load_weights(source: MappedSource, weights: Weights, progress: Progress | No
             # The disk reads ahead while this layer is converted.
             source.advise(_dense_names(layer + 1), "willneed")
         layers.append(_load_layer(source, layer, weights))
-        done += _dense_bytes(source, layer)
+        done += layer_bytes
     if progress is not None:
         progress(done, total)
-    return ModelWeights(source.tensor(EMBEDDING), tuple(layers), source.tensor("norm.weight"), head)
+    table: npt.NDArray[Any] = (
+        gguf_weights.embedding(source, EMBEDDING)
+        if isinstance(source, GgufCheckpoint)
+        else source.tensor(EMBEDDING)
+    )
+    return ModelWeights(table, tuple(layers), source.tensor("norm.weight"), head)
+
+
+def _matrix(source: MappedSource, name: str) -> Bits:
+    """A dense matrix as bf16 bits: a view of the map, where the file has it so."""
+    if isinstance(source, GgufCheckpoint):
+        return gguf_weights.matrix(source, name)
+    return source.tensor(name)
+
+
+def _load_experts(source: MappedSource, name: str, weights: Weights) -> Experts | GgufExperts:
+    if isinstance(source, GgufCheckpoint):
+        return GgufExperts(source, name, weights)
+    return Experts(source, name, weights)
 
 
 def _load_layer(source: MappedSource, layer: int, weights: Weights) -> LayerWeights:
@@ -261,11 +289,11 @@ def _load_layer(source: MappedSource, layer: int, weights: Weights) -> LayerWeig
     def tensor(part: str) -> npt.NDArray[Any]:
         return source.tensor(f"{name}.{part}")
 
-    parts = [tensor(f"attention.{part}.weight") for part in "qkv"]
+    parts = [_matrix(source, f"{name}.attention.{part}.weight") for part in "qkv"]
     bias = np.concatenate([tensor(f"attention.{part}.bias") for part in "qkv"])
     # One product for the three: their rows are put one below the other, and the files' pages given back.
     qkv = Linear(np.concatenate(parts), bias, weights)
-    out_DN = tensor("attention.out.weight")
+    out_DN = _matrix(source, f"{name}.attention.out.weight")
     out = Linear(out_DN, tensor("attention.out.bias"), weights)
     source.advise([f"{name}.attention.{part}.weight" for part in "qkv"], "dontneed")
     if weights == "int8":
@@ -279,13 +307,14 @@ def _load_layer(source: MappedSource, layer: int, weights: Weights) -> LayerWeig
         mlp_norm_D=tensor("mlp_norm.weight"),
         router_weight_ED=tensor("router.weight"),
         router_bias_E=tensor("router.bias"),
-        experts=Experts(source, f"{name}.experts", weights),
+        experts=_load_experts(source, f"{name}.experts", weights),
     )
 
 
-def _dense_bytes(source: MappedSource, layer: int) -> int:
-    """Bytes of a layer's dense matrices in the files: what progress counts."""
-    return sum(source.tensor(name).nbytes for name in _dense_names(layer))
+def _dense_bytes(config: ModelConfig) -> int:
+    """Bytes of a layer's dense matrices in bf16: what progress counts."""
+    rows = 2 * config.num_heads + 2 * config.num_kv_heads  # q, k, v, and the columns of out
+    return 2 * rows * config.head_size * config.hidden_size
 
 
 def _dense_names(layer: int) -> list[str]:

@@ -109,7 +109,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
         "git lfs pull",
     ),
-    "GGUF": (b"GGUF" + bytes(60), "GGUF is not supported yet"),
+    "GGUF": (b"GGUF" + bytes(60), "this is a GGUF file; expected safetensors here"),
     "zip archive": (b"PK\x03\x04" + bytes(60), "pickles are never loaded"),
     "pickle": (b"\x80\x02}q\x00." + bytes(60), "pickle"),
     "web page": (b"<!DOCTYPE html><html>not found</html>", "web page"),

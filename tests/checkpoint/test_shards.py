@@ -80,7 +80,7 @@ def test_a_pickle_is_refused_and_never_opened(tmp_path: Path, name: str) -> None
 def test_a_gguf_file_is_refused_whatever_its_name(tmp_path: Path) -> None:
     for name in ("model.gguf", "model.safetensors"):
         (tmp_path / name).write_bytes(b"GGUF" + bytes(20))
-        with pytest.raises(CheckpointError, match="GGUF is not supported yet"):
+        with pytest.raises(CheckpointError, match="this is a GGUF file; expected safetensors here"):
             find_folder(tmp_path / name)
 
 
@@ -122,7 +122,7 @@ def test_a_folder_with_pickles_alone_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_with_gguf_alone_is_refused(tmp_path: Path) -> None:
     touch(tmp_path / "model.gguf")
-    with pytest.raises(CheckpointError, match="GGUF is not supported yet"):
+    with pytest.raises(CheckpointError, match="this is a GGUF file; expected safetensors here"):
         find_shards(tmp_path)
 
 
