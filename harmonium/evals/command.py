@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,9 @@ from harmonium.evals.samples import SampleFile, check_settings
 from harmonium.evals.server_process import serve_words, served
 from harmonium.evals.task import LoadedTask, Task
 from harmonium.evals.tasks import TASKS, find_task
+
+LOADING_SECONDS = 300.0
+"""Longest wait for a server that lists no model yet."""
 
 
 def run_eval(arguments: argparse.Namespace) -> int:
@@ -133,7 +137,9 @@ def _ask(
 
 def _model_name(client: ChatClient, wanted: str | None) -> str:
     """The name to ask for. Raises ConfigError when the server lacks it, or has several and none is named."""
-    names = client.model_names()
+    end = time.monotonic() + LOADING_SECONDS
+    while not (names := client.model_names()) and time.monotonic() < end:
+        time.sleep(0.2)  # ours listens before it has loaded, and lists nothing until then
     if wanted is None and len(names) == 1:
         return names[0]
     listed = ", ".join(names) or "none"

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from harmonium.evals.server_process import served
 from tests.clients.installed import client_folder
 from tests.clients.serving import serve_script
 
@@ -79,6 +80,34 @@ def test_eval_with_local_data_judges_the_answer_and_not_the_reasoning(tmp_path: 
     report = json.loads((tmp_path / f"out/reports/{MODEL}/general_mcq.json").read_text())
     assert report["execution_summary"]["errored"] == 0
     assert report["metrics"][0]["score"] == pytest.approx(2 / 3, abs=1e-3)
+
+
+def test_eval_of_the_demo_model(tmp_path: Path) -> None:
+    """The real model that comes with the package, greedy, on sums that it was made for."""
+    (tmp_path / "qa").mkdir()
+    sums = [(12, 30), (25, 14), (40, 51), (33, 22), (61, 17), (20, 70)]
+    rows = [{"query": f"What is {a} + {b}?", "response": str(a + b)} for a, b in sums]
+    (tmp_path / "qa/sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"general_qa": {"local_path": "qa", "subset_list": ["sums"]}}
+    with served(["serve", "demo", "--port", "0", "--served-model-name", MODEL]) as url:
+        words = ["--model", MODEL, "--api-url", url, "--api-key", "none"]
+        words += ["--eval-type", "openai_api", "--datasets", "general_qa", "--dataset-args", json.dumps(data)]
+        words += ["--generation-config", json.dumps({"max_tokens": 512, "temperature": 0})]
+        evalscope("eval", *words, "--work-dir", "out", "--no-timestamp", cwd=tmp_path)
+    report = json.loads((tmp_path / f"out/reports/{MODEL}/general_qa.json").read_text())
+    assert report["execution_summary"]["errored"] == 0
+    lines = (tmp_path / f"out/predictions/{MODEL}/general_qa_sums.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    answers = {line["messages"][0]["content"]: text_of(line["messages"][-1]["content"]) for line in found}
+    right = sum(answers[f"What is {a} + {b}?"] == str(a + b) for a, b in sums)
+    assert right >= len(sums) - 2, answers
+
+
+def text_of(content: Any) -> str:
+    """The answer's text, of content that may be in parts."""
+    if isinstance(content, str):
+        return content.strip()
+    return "".join(part["text"] for part in content if part["type"] == "text").strip()
 
 
 @pytest.mark.parametrize("api", ["openai", "openai_responses"])

@@ -116,6 +116,30 @@ def test_empty_and_cut_answers_are_wrong_and_counted(
     assert (notes["gsm8k-0001"], notes["gsm8k-0002"]) == ("empty answer", "cut off at the longest answer")
 
 
+MALFORMED = (
+    "<|channel|>analysis<|message|>so<|end|><|start|>assistant<|channel|>final",
+    "<|channel|><|channel|>final<|message|>two headers<|return|>",
+    "<|channel|>commentary to=functions.x to=functions.y<|message|>{}<|call|>",
+    "no header at all<|return|>",
+    "<|channel|>analysis<|message|>only this<|return|>",
+    "<|start|>assistant<|start|>assistant<|channel|>final<|message|>\ufffd<|end|><|return|>",
+)
+
+
+def test_malformed_streams_fail_no_request(run: Callable[..., dict[str, Any]]) -> None:
+    """B88: many at once, some of them broken in the ways that users of other servers reported."""
+    words = ("--samples", "8", "--effort", "low,high", "--concurrency", "64")
+    report = run(lambda n: right(n) if n % 4 else MALFORMED[n % len(MALFORMED)], *words)
+    whole = report["efforts"][-1]
+    assert (whole["samples"], whole["errors"], whole["right"]) == (128, 0, 96)
+
+
+@pytest.mark.parametrize("text", MALFORMED)
+def test_each_malformed_stream_is_judged(run: Callable[..., dict[str, Any]], text: str) -> None:
+    (low,) = run(lambda n: text, "--effort", "low")["efforts"]
+    assert (low["samples"], low["errors"], low["right"]) == (8, 0, 0)
+
+
 def test_efforts_samples_and_limit_multiply(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     report = run(right, "--limit", "3", "--samples", "2", "--effort", "high,low", "--concurrency", "3")
     assert [(e["effort"], e["items"], e["samples"]) for e in report["efforts"]] == [
@@ -363,6 +387,27 @@ def test_model_that_the_server_lacks_is_named(
         assert main([*command, "--model-name", "c"]) == 2
     told = capsys.readouterr().err
     assert "has a, b: --model-name" in told and "no model 'c'" in told
+
+
+def test_server_that_still_loads_is_waited_for(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from harmonium.evals.client import ChatClient
+
+    listed = iter([[], [], ["rude"]])
+    monkeypatch.setattr(ChatClient, "model_names", lambda self: next(listed))
+    with rude_server(said("x")) as server:
+        command = [
+            "eval",
+            "gsm8k",
+            "--base-url",
+            server.url,
+            "--data",
+            str(data),
+            "--out",
+            str(tmp_path / "o"),
+        ]
+        assert main([*command, "--limit", "1", "--effort", "low"]) == 0
 
 
 def test_list_names_every_task(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +52,27 @@ def test_server_runs_for_the_time_of_the_run(tmp_path: Path) -> None:
         assert client.ask({"messages": [{"role": "user", "content": "hello"}]}).content == "hi"
     with pytest.raises(ConfigError, match="nobody answers"):
         client.model_names()
+
+
+@pytest.mark.slow
+def test_killed_run_leaves_no_server(tmp_path: Path) -> None:
+    script = tmp_path / "script.jsonl"
+    script.write_text(json.dumps({"harmony": "<|channel|>final<|message|>hi<|return|>"}) + "\n")
+    code = (
+        "import sys, time\nfrom harmonium.evals.server_process import served\n"
+        "with served(sys.argv[1:]) as url:\n    print(url, flush=True)\n    time.sleep(600)\n"
+    )
+    words = [sys.executable, "-c", code, "serve", "--engine", f"script:{script}", "--port", "0"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        url = run.stdout.readline().strip()
+        run.kill()
+    client = ChatClient(Address.parse(url))
+    end = time.monotonic() + 60
+    with pytest.raises(ConfigError, match="nobody answers"):
+        while time.monotonic() < end:
+            client.model_names()
+            time.sleep(0.05)
 
 
 @pytest.mark.slow
