@@ -396,7 +396,7 @@ def test_inspect_says_what_would_run_and_why(model: Path, capsys: pytest.Capture
         "6: 3 full, 3 with a window of 8",
         "256 tokens",
         "paged attention",
-        "not measured",
+        "tokens a second for one answer",
         "total",
     ):
         assert expected in text

@@ -65,6 +65,9 @@ def test_inspect_by_name_fetches_headers_alone(
     report = json.loads(capsys.readouterr().out)
     assert report["model"]["path"] == "openai/gpt-oss-20b on Hugging Face, not here yet: 1.1 MB to download"
     assert report["model"]["experts"] == "mxfp4" and report["fits"]
+    speed = report["speed"]
+    limit = speed["read_bytes_per_second"] / speed["bytes_per_token"]
+    assert speed["decode_tokens_per_second_at_most"] == pytest.approx(limit) and limit > 0
     assert hub.sent < 100_000
     assert not settings.huggingface_cache.exists()
     folder = pull(NAME, settings, tell=lambda text: None)
