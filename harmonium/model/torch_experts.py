@@ -50,7 +50,10 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(all scores [T, E], chosen ids [T, A], their weights [T, A]); of equals the lower id first."""
-        score_TE = self.scores(x_TD)
+        return self.choose(self.scores(x_TD))
+
+    def choose(self, score_TE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`forward` from the scores on."""
         sorted_TE, expert_id_TE = score_TE.sort(dim=-1, descending=True, stable=True)
         weight_TA = sorted_TE[:, : self.num_active].softmax(dim=-1)
         return score_TE, expert_id_TE[:, : self.num_active], weight_TA

@@ -1,0 +1,122 @@
+"""TorchRunner: a step of the model in PyTorch over a paged key/value cache, for `--engine torch`.
+
+The same modules as in training, so that what was trained can be served and compared without an export. It is
+made for being right, not for speed: a sequence's keys are gathered from their blocks in each layer of a step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from harmonium.checkpoint.checkpoint import Checkpoint
+from harmonium.checkpoint.model_config import LayerKind, ModelConfig
+from harmonium.config import CACHE_BLOCK_TOKENS
+from harmonium.errors import EngineClosed
+from harmonium.model.batch import Batch, StepResult
+from harmonium.model.sampler import sample_rows
+from harmonium.model.torch import TorchModel
+
+
+class TorchRunner:
+    """Runs a TorchModel. Implements model.runner.Runner.
+
+    The cache has the model's dtype and device. checkpoint: closed with the runner, where one is given.
+    """
+
+    def __init__(
+        self, model: TorchModel, max_batch_tokens: int = 512, checkpoint: Checkpoint | None = None
+    ) -> None:
+        self._model: TorchModel | None = model
+        self._config = model.config
+        self._max_batch_tokens = max_batch_tokens
+        self._checkpoint = checkpoint
+        self._caches: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def config(self) -> ModelConfig:
+        return self._config
+
+    @property
+    def max_batch_tokens(self) -> int:
+        return self._max_batch_tokens
+
+    def allocate_cache(self, num_full_blocks: int, num_window_blocks: int) -> None:
+        assert self._model is not None and not self._caches, "the cache was allocated before"
+        config, like = self._config, self._model.lm_head.weight
+        num_blocks = {"full": num_full_blocks, "window": num_window_blocks}
+        for kind in config.layer_kinds:
+            shape = (num_blocks[kind], CACHE_BLOCK_TOKENS, config.num_kv_heads, config.head_size)
+            self._caches.append((like.new_zeros(shape), like.new_zeros(shape)))
+
+    @torch.inference_mode()
+    def step(self, batch: Batch) -> StepResult:
+        """See Runner. Raises EngineClosed after `close`, EngineError when a row of logits holds NaN."""
+        model = self._model
+        if model is None:
+            raise EngineClosed("the runner has been closed")
+        assert batch.token_id_T.size <= self._max_batch_tokens, f"{batch.token_id_T.size} tokens"
+        device = model.lm_head.weight.device
+        cos_TK2, sin_TK2 = model.angles(batch.position_T)
+        hidden_TD: Tensor = model.model.embed_tokens(_ids(batch.token_id_T, device))
+        for index, layer in enumerate(model.model.layers):
+            attention: Any = layer.self_attn
+            query, key, value = attention.project(layer.input_layernorm(hidden_TD), cos_TK2, sin_TK2)  # type: ignore[operator]
+            self._store(index, batch, key, value)
+            hidden_TD = hidden_TD + self._attend(index, batch, attention, query)
+            hidden_TD = hidden_TD + layer.mlp(layer.post_attention_layernorm(hidden_TD))[0]  # type: ignore[operator]
+        hidden_RD = model.model.norm(hidden_TD.index_select(0, _ids(batch.logit_row_R, device)))
+        logits_RV = np.ascontiguousarray(model.lm_head(hidden_RD).float().cpu().numpy())
+        return StepResult(sample_rows(logits_RV, batch.sampling), logits_RV if batch.wants_logits else None)
+
+    def close(self) -> None:
+        self._model = None
+        self._caches.clear()
+        if self._checkpoint is not None:
+            self._checkpoint.close()
+
+    def _store(self, index: int, batch: Batch, key_TGK: Tensor, value_TGK: Tensor) -> None:
+        table_SB = _block_table(batch, self._config.layer_kinds[index])
+        sequence_T = np.repeat(np.arange(len(table_SB)), np.diff(batch.query_start_S1))
+        block_T = table_SB[sequence_T, batch.position_T // CACHE_BLOCK_TOKENS]
+        assert block_T.min() >= 0, "a token of the step has no block"
+        slot_T = block_T.astype(np.int64) * CACHE_BLOCK_TOKENS + batch.position_T % CACHE_BLOCK_TOKENS
+        rows = torch.from_numpy(slot_T).to(key_TGK.device)
+        for cache, new in zip(self._caches[index], (key_TGK, value_TGK), strict=True):
+            cache.flatten(0, 1).index_copy_(0, rows, new)
+
+    def _attend(self, index: int, batch: Batch, attention: Any, query_THK: Tensor) -> Tensor:
+        """Each sequence against its own blocks, those before the window left out: [T, D]."""
+        kind = self._config.layer_kinds[index]
+        table_SB, device = _block_table(batch, kind), query_THK.device
+        answers = []
+        for s, context in enumerate(batch.context_length_S.tolist()):
+            rows = slice(int(batch.query_start_S1[s]), int(batch.query_start_S1[s + 1]))
+            position_Q = batch.position_T[rows].astype(np.int64)
+            first_Q = np.zeros_like(position_Q)
+            if kind == "window":
+                first_Q = np.maximum(0, position_Q - self._config.window + 1)
+            first_block = int(first_Q[0]) // CACHE_BLOCK_TOKENS
+            block_B = table_SB[s, first_block : -(-context // CACHE_BLOCK_TOKENS)]
+            assert block_B.min() >= 0, "a token of the context has no block"
+            blocks, offset = _ids(block_B, device), first_block * CACHE_BLOCK_TOKENS
+            # The tail of the last block is not there yet.
+            key, value = (
+                cache.index_select(0, blocks).flatten(0, 1)[: context - offset]
+                for cache in self._caches[index]
+            )
+            first, last = _ids(first_Q - offset, device), _ids(position_Q - offset, device)
+            answers.append(attention.mix(query_THK[rows], key, value, first, last))
+        return torch.cat(answers)
+
+
+def _block_table(batch: Batch, kind: LayerKind) -> npt.NDArray[np.int32]:
+    return batch.full_block_SB if kind == "full" else batch.window_block_SB
+
+
+def _ids(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+    return torch.from_numpy(array.astype(np.int64)).to(device)
