@@ -27,6 +27,9 @@ Speculation = Literal["ngram", "off"]
 Experts = Literal["auto", "mapped", "packed"]
 """How MXFP4 experts are held. mapped: as they lie in the files. packed: copied in the products' order."""
 
+Computing = Literal["native", "torch"]
+"""What computes a step: our kernels, or PyTorch."""
+
 ISA_NAMES = ("scalar", "avx2", "avx512")
 """Instruction sets with kernels, slowest first."""
 
@@ -75,6 +78,7 @@ class EngineConfig:
     experts: "packed" copies MXFP4 experts into memory of the process while the first answers run, and is
         faster; "mapped" uses the files' pages, which the system can take back; "auto" packs if there is room.
     lora: adapters that requests may ask for.
+    engine: "native", or "torch": PyTorch in float32, slow, needs harmonium[torch] and has no adapters.
     stall_seconds: about how long a step with prompt tokens may keep sequences that decode waiting; prompts
         are then computed in smaller pieces. 0: no such limit.
     cache_dir: folder in which computed prefixes are kept, so that they are there after a restart; None: not.
@@ -95,6 +99,7 @@ class EngineConfig:
     stall_seconds: float = 0.4
     cache_dir: str | Path | None = None
     cache_limit_bytes: int = 10 << 30
+    engine: Computing = "native"
     lora: tuple[LoraSource, ...] = ()
 
     def __post_init__(self) -> None:
@@ -110,6 +115,11 @@ class EngineConfig:
             raise ConfigError(f"experts is {self.experts!r}; expected 'auto', 'mapped' or 'packed'")
         if not isinstance(self.prefix_cache, bool):
             raise ConfigError(f"prefix_cache is {self.prefix_cache!r}; expected True or False")
+        if self.engine not in ("native", "torch"):
+            raise ConfigError(f"engine is {self.engine!r}; expected 'native' or 'torch'")
+        given = "adapters" if self.lora else "cache_dir" if self.cache_dir is not None else None
+        if self.engine == "torch" and given is not None:
+            raise ConfigError(f"engine is 'torch' and {given} is given; expected 'native', which has that")
         _check_adapters(self.lora)
         _check_range("max_sequences", self.max_sequences, 1, 4096)
         _check_range("max_batch_tokens", self.max_batch_tokens, 1, 65536)

@@ -124,6 +124,12 @@ def _model_options() -> _Parser:
     group.add_argument(
         "--max-sequences", type=int, default=1, metavar="N", help="answers at a time (default 1)"
     )
+    group.add_argument(
+        "--engine",
+        choices=("native", "torch"),
+        default="native",
+        help="torch: PyTorch, slow (harmonium[torch])",
+    )
     return parent
 
 
@@ -348,4 +354,5 @@ def engine_config(arguments: argparse.Namespace) -> EngineConfig:
         stall_seconds=arguments.stall_seconds,
         cache_dir=arguments.cache_dir,
         cache_limit_bytes=arguments.cache_limit,
+        engine="torch" if arguments.engine == "torch" else "native",
     )

@@ -23,7 +23,9 @@ def add_serving(parser: argparse.ArgumentParser) -> None:
         "--store", metavar="FILE", help="where responses are kept (SQLite); default: in memory until the end"
     )
     group.add_argument(
-        "--engine", metavar="script:FILE", help="play answers from a file; no model is needed (docs/api.md)"
+        "--engine",
+        metavar="ENGINE",
+        help="native; torch: PyTorch, slow; script:FILE: answers from a file, no model (docs/api.md)",
     )
 
 

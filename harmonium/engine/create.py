@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from importlib.util import find_spec
 from pathlib import Path
 
 from harmonium.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from harmonium.checkpoint.lora import LoraFiles, open_lora
+from harmonium.checkpoint.lora import LoraAdapter, LoraFiles, open_lora
 from harmonium.checkpoint.model_config import ModelConfig
 from harmonium.config import (
     CACHE_BLOCK_TOKENS,
@@ -29,6 +30,8 @@ from harmonium.kernels.runtime import configure, supported_isa
 from harmonium.model.adapter_memory import adapter_bytes
 from harmonium.model.memory import MemoryPlan, plan_memory
 from harmonium.model.native import NativeRunner
+from harmonium.model.runner import Runner
+from harmonium.model.torch_memory import plan_torch_memory
 
 _log = logging.getLogger("harmonium.engine")
 
@@ -70,19 +73,22 @@ def plan_engine(path: str | Path, config: EngineConfig | None = None) -> EngineP
     config = replace(config, **unset)  # type: ignore[arg-type]  # each value was checked for its name
     hardware = probe_hardware(supported_isa())
     resolved = resolve(config, hardware)
+    if config.engine == "torch" and find_spec("torch") is None:
+        raise ConfigError("engine is 'torch' and PyTorch is not installed; pip install 'harmonium[torch]'")
     with ExitStack() as stack:
         checkpoint = stack.enter_context(open_checkpoint(path))
         adapters = _open_adapters(config, checkpoint.config, stack)
-        memory = plan_memory(
-            checkpoint.config,
-            checkpoint.expert_format,
-            config,
-            resolved.memory_limit_bytes,
-            resolved.threads,
-            adapter_bytes(checkpoint.config, adapters.values(), config.max_batch_tokens),
-        )
+        memory = _plan_memory(checkpoint, resolved, adapters)
         stack.pop_all()
     return EnginePlan(checkpoint, hardware, resolved, memory, adapters)
+
+
+def _plan_memory(checkpoint: Checkpoint, resolved: Resolved, adapters: Mapping[str, LoraFiles]) -> MemoryPlan:
+    model, config, limit = checkpoint.config, resolved.config, resolved.memory_limit_bytes
+    if config.engine == "torch":
+        return plan_torch_memory(model, checkpoint.expert_format, config, limit)
+    held = adapter_bytes(model, adapters.values(), config.max_batch_tokens)
+    return plan_memory(model, checkpoint.expert_format, config, limit, resolved.threads, held)
 
 
 def _open_adapters(config: EngineConfig, model: ModelConfig, stack: ExitStack) -> dict[str, LoraFiles]:
@@ -123,14 +129,7 @@ def create_engine(
         for name, files in plan.adapters.items():
             with _naming(name), files:
                 loaded.append(files.load())
-        runner = NativeRunner(
-            plan.checkpoint,
-            weights=resolved.config.weights,
-            max_batch_tokens=resolved.config.max_batch_tokens,
-            progress=progress,
-            adapters=loaded,
-            packs_experts=memory.packs_experts,
-        )
+        runner = _make_runner(plan, loaded, progress)
         runner.allocate_cache(memory.num_full_blocks, memory.num_window_blocks)
     except MemoryError as error:
         plan.close()
@@ -172,6 +171,22 @@ def _open_block_files(plan: EnginePlan) -> BlockFiles | None:
     depends = f"1 {plan.checkpoint.fingerprint()} {config.weights} {plan.resolved.isa} {CACHE_BLOCK_TOKENS}"
     name = blake2b(depends.encode(), digest_size=12).hexdigest()
     return BlockFiles(Path(config.cache_dir) / name, config.cache_limit_bytes)
+
+
+def _make_runner(plan: EnginePlan, adapters: Sequence[LoraAdapter], progress: Progress | None) -> Runner:
+    config = plan.resolved.config
+    if config.engine == "torch":
+        from harmonium.model.torch_runner import load_torch_runner  # here: PyTorch is an extra
+
+        return load_torch_runner(plan.checkpoint, config.max_batch_tokens, plan.resolved.threads)
+    return NativeRunner(
+        plan.checkpoint,
+        weights=config.weights,
+        max_batch_tokens=config.max_batch_tokens,
+        progress=progress,
+        adapters=adapters,
+        packs_experts=plan.memory.packs_experts,
+    )
 
 
 def _log_plan(plan: EnginePlan) -> None:

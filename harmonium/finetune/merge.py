@@ -23,7 +23,7 @@ import numpy.typing as npt
 from harmonium.checkpoint import Checkpoint, open_checkpoint
 from harmonium.checkpoint.bfloat16 import decode_bfloat16, encode_bfloat16
 from harmonium.checkpoint.lora import LoraAdapter, LowRank, open_lora
-from harmonium.checkpoint.mxfp4 import decode_mxfp4, encode_mxfp4
+from harmonium.checkpoint.mxfp4 import decode_mxfp4, quantize_mxfp4
 from harmonium.checkpoint.names import EMBEDDING, UNEMBEDDING, ExpertFormat, canonical_tensors, stored_name
 from harmonium.checkpoint.safetensors import write_safetensors
 from harmonium.checkpoint.shards import CONFIG_NAME, INDEX_NAME
@@ -196,7 +196,7 @@ class _Merge:
             if delta is not None:
                 weight = weight + delta
             if self.experts == "mxfp4":
-                packed = encode_mxfp4(weight)
+                packed = quantize_mxfp4(weight)
                 blocks.append(packed[0])
                 scales.append(packed[1])
                 kept = decode_mxfp4(*packed)

@@ -42,10 +42,11 @@ def dequantize(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def round_mxfp4(values: Tensor) -> Tensor:
-    """float32 [..., 32 n] -> what `decode_mxfp4(*encode_mxfp4(values))` gives; finite input only."""
+    """float32 [..., 32 n] -> what `decode_mxfp4(*quantize_mxfp4(values))` gives; finite input only."""
     grouped = values.float().view(*values.shape[:-1], -1, BLOCK_SIZE)
-    exponent = torch.frexp(grouped.abs().amax(dim=-1, keepdim=True)).exponent - 1 - _LARGEST_EXPONENT
-    exponent = exponent.clamp(-SCALE_BIAS, SCALE_BIAS)
+    largest = grouped.abs().amax(dim=-1, keepdim=True)
+    exponent = (torch.frexp(largest).exponent - 1 - _LARGEST_EXPONENT).clamp(-SCALE_BIAS, SCALE_BIAS)
+    exponent = (exponent + (torch.ldexp(largest, -exponent) > 7).int()).clamp(max=SCALE_BIAS)
     small = torch.ldexp(grouped, -exponent)
     step = torch.frexp(small).exponent.sub_(1).clamp_(_SMALLEST_EXPONENT, _LARGEST_EXPONENT).sub_(1)
     # torch.round goes to even, which is an even fraction bit.

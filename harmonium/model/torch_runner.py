@@ -120,3 +120,10 @@ def _block_table(batch: Batch, kind: LayerKind) -> npt.NDArray[np.int32]:
 
 def _ids(array: npt.NDArray[Any], device: torch.device) -> Tensor:
     return torch.from_numpy(array.astype(np.int64)).to(device)
+
+
+def load_torch_runner(checkpoint: Checkpoint, max_batch_tokens: int, threads: int) -> TorchRunner:
+    """A checkpoint in float32 on the CPU; MXFP4 experts stay in its map. Sets PyTorch's threads."""
+    torch.set_num_threads(threads)
+    model = TorchModel.from_checkpoint(checkpoint).requires_grad_(False)
+    return TorchRunner(model, max_batch_tokens, checkpoint)

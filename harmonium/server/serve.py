@@ -91,8 +91,10 @@ def _limits(given: list[str]) -> Limits:
 def _source(arguments: argparse.Namespace) -> tuple[str | None, Path | None]:
     """(the word MODEL, None) or (None, the script); with neither given, the demo model."""
     engine, model = arguments.engine, arguments.model
+    if engine in ("native", "torch"):
+        engine = None
     if engine is not None and not engine.startswith(SCRIPT_PREFIX):
-        raise ConfigError(f"--engine is {engine!r}; expected {SCRIPT_PREFIX}FILE")
+        raise ConfigError(f"--engine is {engine!r}; expected native, torch or {SCRIPT_PREFIX}FILE")
     if engine is not None and model is not None:
         raise ConfigError("both MODEL and --engine script:FILE are given; expected one")
     if engine is not None:

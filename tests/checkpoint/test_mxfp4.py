@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from harmonium.checkpoint.mxfp4 import FP4_VALUES, NAN_SCALE, decode_mxfp4, encode_mxfp4
+from harmonium.checkpoint.mxfp4 import FP4_VALUES, NAN_SCALE, decode_mxfp4, encode_mxfp4, quantize_mxfp4
 from harmonium.errors import CheckpointError
 
 
@@ -95,3 +95,33 @@ def test_shapes_that_do_not_belong_together_are_refused() -> None:
         decode_mxfp4(np.zeros((2, 16), np.uint8), np.zeros(3, np.uint8))
     with pytest.raises(CheckpointError, match=r"\[2, 33\]"):
         encode_mxfp4(np.zeros((2, 33), np.float32))
+
+
+def test_a_weight_that_falls_a_little_below_a_power_of_two_keeps_its_size() -> None:
+    block = np.full(32, 1.0, np.float32)
+    block[0] = 7.99
+    assert decode_mxfp4(*encode_mxfp4(block))[0] == 6.0
+    assert decode_mxfp4(*quantize_mxfp4(block))[0] == 8.0
+    block[0] = 7.0  # as far from 6 as from 8: the finer scale is better for the others
+    assert decode_mxfp4(*quantize_mxfp4(block))[0] == 6.0
+
+
+def test_quantized_weights_are_never_further_off_at_their_largest_and_survive_a_second_time() -> None:
+    rng = np.random.default_rng(0)
+    values = (rng.standard_normal((500, 64)) * 10.0 ** rng.integers(-30, 30, (500, 1))).astype(np.float32)
+    once = decode_mxfp4(*quantize_mxfp4(values))
+    np.testing.assert_array_equal(decode_mxfp4(*quantize_mxfp4(once)), once)
+    error = np.abs(once - values).reshape(-1, 32)
+    plain_error = np.abs(decode_mxfp4(*encode_mxfp4(values)) - values).reshape(-1, 32)
+    largest = np.abs(values).reshape(-1, 32).argmax(axis=1)[:, None]
+    assert (np.take_along_axis(error, largest, 1) <= np.take_along_axis(plain_error, largest, 1)).all()
+    relative, plain_relative = (
+        np.square(each / np.abs(values).reshape(-1, 32).max(axis=1, keepdims=True)).mean()
+        for each in (error, plain_error)
+    )
+    assert relative < plain_relative
+
+
+def test_the_largest_float_is_quantized_without_overflow() -> None:
+    values = decode_mxfp4(*quantize_mxfp4(np.full(32, 3.4e38, np.float32)))
+    assert np.isfinite(values).all()

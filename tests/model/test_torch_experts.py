@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harmonium.checkpoint.mxfp4 import decode_mxfp4, encode_mxfp4
+from harmonium.checkpoint.mxfp4 import decode_mxfp4, quantize_mxfp4
 from harmonium.model import reference
 from tests.model.tiny_models import CONFIGS
 from tests.model.torch_extra import torch
@@ -57,7 +57,7 @@ def _hard_numbers() -> Any:
 def test_rounding_is_that_of_the_export_to_the_bit() -> None:
     values = _hard_numbers()
     with np.errstate(over="ignore"):
-        expected = decode_mxfp4(*encode_mxfp4(values))
+        expected = decode_mxfp4(*quantize_mxfp4(values))
     np.testing.assert_array_equal(round_mxfp4(torch.from_numpy(values)).numpy(), expected)
 
 
@@ -75,7 +75,7 @@ def test_fake_quantization_lets_the_gradient_through() -> None:
     rounded = fake_quantize_mxfp4(weight, axis=1)
     (rounded * torch.arange(6.0)).sum().backward()
     assert torch.equal(weight.grad, torch.arange(6.0).expand(2, 64, 6))
-    blocks = encode_mxfp4(weight.detach().numpy().swapaxes(1, 2))
+    blocks = quantize_mxfp4(weight.detach().numpy().swapaxes(1, 2))
     np.testing.assert_array_equal(rounded.detach().numpy().swapaxes(1, 2), decode_mxfp4(*blocks))
 
 
