@@ -272,6 +272,9 @@ def _state(source: TensorSource, dtype: torch.dtype, experts: ExpertStorage) -> 
         tensor = _as_tensor(source.tensor(name))
         if kind == "BF16":
             yield stored, tensor.view(torch.bfloat16).to(dtype, copy=True)
+            advise = getattr(source, "advise", None)
+            if advise is not None:
+                advise(name, "dontneed")  # copied: the map's pages need not stay
         elif experts == "mxfp4":
             yield stored, tensor
         elif name.endswith(".blocks"):
