@@ -31,6 +31,9 @@ FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2
 _LARGEST_EXPONENT = 2
 """Of E2M1: its largest number is 1.5 * 2 ** 2."""
 
+LARGEST_USEFUL_EXPONENT = 125
+"""Of a block of float32 numbers; 4 times the next scale overflows."""
+
 _MIDPOINTS = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], dtype=np.float32)
 """Halfway between neighbors of FP4_VALUES[:8]."""
 
@@ -97,7 +100,7 @@ def _encode(
     # frexp gives 0.5 <= fraction < 1, so floor(log2(x)) is its exponent less one, exactly.
     exponent = np.frexp(largest)[1].astype(np.int32) - 1 - _LARGEST_EXPONENT
     exponent = np.clip(np.where(largest == 0, -SCALE_BIAS, exponent), -SCALE_BIAS, SCALE_BIAS)
-    exponent += (np.ldexp(largest, -exponent) > largest_kept) & (exponent < SCALE_BIAS)
+    exponent += (np.ldexp(largest, -exponent) > largest_kept) & (exponent < LARGEST_USEFUL_EXPONENT)
     index = _nearest_even_index(np.ldexp(magnitude, -exponent[..., None]))
     sign = (np.signbit(grouped) & np.expand_dims(is_finite, -1)).astype(np.uint8)
     nibbles = index | sign << np.uint8(3)

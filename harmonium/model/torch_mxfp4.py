@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harmonium.checkpoint.mxfp4 import BLOCK_SIZE, FP4_VALUES, NAN_SCALE, SCALE_BIAS
+from harmonium.checkpoint.mxfp4 import BLOCK_SIZE, FP4_VALUES, LARGEST_USEFUL_EXPONENT, NAN_SCALE, SCALE_BIAS
 
 _SMALLEST_EXPONENT, _LARGEST_EXPONENT = 0, 2
 """Of E2M1's normal numbers 1 to 6; below 1 the step is the same as from 1 to 2."""
@@ -46,7 +46,7 @@ def round_mxfp4(values: Tensor) -> Tensor:
     grouped = values.float().view(*values.shape[:-1], -1, BLOCK_SIZE)
     largest = grouped.abs().amax(dim=-1, keepdim=True)
     exponent = (torch.frexp(largest).exponent - 1 - _LARGEST_EXPONENT).clamp(-SCALE_BIAS, SCALE_BIAS)
-    exponent = (exponent + (torch.ldexp(largest, -exponent) > 7).int()).clamp(max=SCALE_BIAS)
+    exponent = (exponent + (torch.ldexp(largest, -exponent) > 7).int()).clamp(max=LARGEST_USEFUL_EXPONENT)
     small = torch.ldexp(grouped, -exponent)
     step = torch.frexp(small).exponent.sub_(1).clamp_(_SMALLEST_EXPONENT, _LARGEST_EXPONENT).sub_(1)
     # torch.round goes to even, which is an even fraction bit.
