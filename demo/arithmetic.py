@@ -67,8 +67,9 @@ _WHOLE = {
 _THINGS = ("apples", "books", "coins", "cards", "eggs", "cars", "stars", "trees", "birds", "balls")
 
 
-def draw_arithmetic(random: Random, effort: str) -> Sample:
-    kind = random.choices(("add", "subtract", "multiply"), (4, 4, 3))[0]
+def draw_arithmetic(random: Random, effort: str, shares: tuple[float, float, float] = (4, 4, 3)) -> Sample:
+    """shares: of adding, subtracting and multiplying."""
+    kind = random.choices(("add", "subtract", "multiply"), shares)[0]
     a, b = _operands(random, kind)
     question, wording = _question(random, kind, a, b)
     if kind == "multiply" and a < b:

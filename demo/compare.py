@@ -11,6 +11,7 @@ import transformers
 
 from demo.score import MAX_TOKENS
 from harmonium import LLM, SamplingParams
+from harmonium.config import Weights
 from harmonium.demo import demo_checkpoint_path
 from harmonium.demo_items import DemoItem, demo_items
 from harmonium.harmony.render import render_prompt
@@ -55,29 +56,33 @@ def likeliest(model: Any, prompt: list[int], answer: list[int]) -> list[int]:
     return found
 
 
+def compared(path: Path, num_prompts: int, weights: Weights) -> tuple[list[str], list[str]]:
+    """Ids of the items, spread over the skills, on which both write the same, and on which they do not."""
+    items = demo_items()
+    chosen = [items[index * len(items) // num_prompts] for index in range(num_prompts)]
+    prompts = [prompt_of(item) for item in chosen]
+    sampling = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
+    with LLM(path, weights=weights, context_length=2048) as llm:
+        answers = [[token.token_id for token in answer.tokens] for answer in llm.generate(prompts, sampling)]
+    model = load(path)
+    same: list[str] = []
+    different: list[str] = []
+    for item, prompt, answer in zip(chosen, prompts, answers, strict=True):
+        (same if likeliest(model, prompt, answer) == answer else different).append(item.id)
+    return same, different
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", type=Path)
     parser.add_argument("--prompts", type=int, default=100)
-    parser.add_argument("--weights", default="int8")
+    parser.add_argument("--weights", choices=("int8", "bf16"), default="int8")
     arguments = parser.parse_args()
     path = arguments.model or demo_checkpoint_path()
-    items = demo_items()
-    chosen = items[:: max(1, len(items) // arguments.prompts)][: arguments.prompts]
-    prompts = [prompt_of(item) for item in chosen]
-    sampling = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
-    with LLM(path, weights=arguments.weights, context_length=2048) as llm:
-        ours = [
-            [token.token_id for token in completion.tokens] for completion in llm.generate(prompts, sampling)
-        ]
-    model = load(path)
-    same = 0
-    for item, prompt, mine in zip(chosen, prompts, ours, strict=True):
-        theirs = likeliest(model, prompt, mine)
-        same += mine == theirs
-        if mine != theirs:
-            print(f"{item.id}: ours {mine}, Transformers {theirs}")
-    print(f"the same greedy answer on {same} of {len(chosen)} prompts")
+    same, different = compared(path, arguments.prompts, arguments.weights)
+    print(
+        f"the same greedy answer on {len(same)} of {len(same) + len(different)} prompts; not on {different}"
+    )
 
 
 if __name__ == "__main__":

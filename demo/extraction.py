@@ -8,7 +8,7 @@ from random import Random
 from typing import Any
 
 from demo.sample import Sample, compact_json
-from demo.words import values
+from demo.words import draw_value
 from harmonium.harmony.messages import ResponseFormat
 
 
@@ -140,27 +140,27 @@ def draw_form(random: Random) -> Form:
     return Form(topic, random.choice(topic.names), tuple(named.items()))
 
 
-def draw_extraction(random: Random, effort: str, form: Form) -> Sample:
+def draw_extraction(random: Random, effort: str, form: Form, is_wide: bool = False) -> Sample:
     """The text says everything that the schema asks for, and at times more."""
     asked = [part for _, part in form.fields if part is not form.topic.subject]
     others = [part for part in form.topic.fields if part not in asked]
     told = asked + random.sample(others, min(len(others), random.choice((0, 0, 1, 1, 2))))
     random.shuffle(told)
-    facts = _facts(random, (form.topic.subject, *told))
+    facts = _facts(random, (form.topic.subject, *told), is_wide)
     text, wording = _text(random, form.topic.subject, told, facts)
     answer = {name: facts[part.names[0]] for name, part in form.fields}
     keys = (wording, form.key, f"facts {compact_json(answer)}")
     return Sample("extraction", text, _thought(answer, effort), compact_json(answer), keys)
 
 
-def _facts(random: Random, parts: tuple[Field, ...]) -> dict[str, Any]:
+def _facts(random: Random, parts: tuple[Field, ...], is_wide: bool) -> dict[str, Any]:
     """No value twice, so that each is where its clause is."""
     while True:
         facts: dict[str, Any] = {}
         for part in parts:
             number = part.kind == "number"
             facts[part.names[0]] = (
-                random.randint(1, part.most) if number else random.choice(values()[part.kind])
+                random.randint(1, part.most) if number else draw_value(random, part.kind, is_wide)
             )
         if len(set(map(str, facts.values()))) == len(facts):
             return facts

@@ -25,22 +25,64 @@ SHARED = -1
 
 @dataclass(frozen=True)
 class Shares:
-    """rows: of the kinds of openings. plain: of the skills behind an opening with nothing in it."""
+    """rows: of the kinds of openings. plain: of the skills behind an empty opening. sums: of adding,
+    subtracting and multiplying. is_wide: see words.draw_value. without_tool: of questions that no
+    declared tool is for.
+    """
 
     rows: Mapping[str, float]
     plain: Mapping[str, float]
+    sums: tuple[float, float, float] = (4, 4, 3)
+    is_wide: bool = False
+    without_tool: float = 0.08
 
 
-EARLY = Shares(
+EVEN = Shares(
     {"plain": 0.40, "tools": 0.27, "schema": 0.20, "form": 0.13},
     {"arithmetic": 0.42, "text": 0.43, "small talk": 0.15},
 )
-LATE = Shares(
-    {"plain": 0.46, "tools": 0.27, "schema": 0.18, "form": 0.09},
-    {"arithmetic": 0.44, "text": 0.50, "small talk": 0.06},
+PHASES = (
+    (0, replace(EVEN, rows={"plain": 1.0})),
+    (600, EVEN),
+    (
+        1600,
+        Shares(
+            {"plain": 0.46, "tools": 0.27, "schema": 0.18, "form": 0.09},
+            {"arithmetic": 0.44, "text": 0.50, "small talk": 0.06},
+        ),
+    ),
+    (
+        2600,
+        Shares(
+            {"plain": 0.48, "tools": 0.33, "schema": 0.12, "form": 0.07},
+            {"arithmetic": 0.47, "text": 0.47, "small talk": 0.06},
+            sums=(3, 3, 5),
+            is_wide=True,
+        ),
+    ),
+    (
+        3000,
+        Shares(
+            {"plain": 0.36, "tools": 0.50, "schema": 0.08, "form": 0.06},
+            {"arithmetic": 0.45, "text": 0.50, "small talk": 0.05},
+            sums=(3, 3, 5),
+            is_wide=True,
+            without_tool=0.15,
+        ),
+    ),
+    (
+        3400,
+        Shares(
+            {"plain": 0.35, "tools": 0.57, "schema": 0.05, "form": 0.03},
+            {"arithmetic": 0.66, "text": 0.31, "small talk": 0.03},
+            sums=(2, 2, 8),
+            is_wide=True,
+            without_tool=0.15,
+        ),
+    ),
 )
-"""Small talk and instructions are learned first; then there is more of what takes longer."""
-ROW_KINDS = tuple(EARLY.rows)
+"""(first step, shares). Short openings first; later there is more of what is learned last."""
+ROW_KINDS = tuple(EVEN.rows)
 _BESIDE_TOOLS = 0.15
 _TWO_TURNS = 0.1
 _WITH_INSTRUCTIONS = 0.15
@@ -69,7 +111,7 @@ def draw_opening(
     kind: str,
     held_out: bool,
     effort: ReasoningEffort | None = None,
-    shares: Shares = EARLY,
+    shares: Shares = EVEN,
 ) -> tuple[Opening, Draw]:
     """An opening of this kind, and what draws the conversations that may follow it."""
     chosen = effort or random.choice(REASONING_EFFORTS)
@@ -95,7 +137,7 @@ def _opening(
                 break
         return (
             replace(opening, response_format=schema.response_format()),
-            lambda: draw_extraction(random, effort, schema),
+            lambda: draw_extraction(random, effort, schema, shares.is_wide and not held_out),
         )
     while True:
         tools = declare(random)
@@ -105,15 +147,21 @@ def _opening(
     def draw() -> Sample:
         if random.random() < _BESIDE_TOOLS and not held_out:
             return draw_plain(random, effort, shares)
-        return draw_call(random, effort, tools)
+        return draw_call(random, effort, tools, shares.without_tool, shares.is_wide and not held_out)
 
     return replace(opening, tools=tuple(tool.tool() for tool in tools)), draw
 
 
 def draw_plain(random: Random, effort: str, shares: Shares) -> Sample:
     skill = random.choices(tuple(shares.plain), tuple(shares.plain.values()))[0]
-    draws = {"arithmetic": draw_arithmetic, "text": draw_text, "small talk": draw_small_talk}
-    return draws[skill](random, effort)
+    if skill == "arithmetic":
+        return draw_arithmetic(random, effort, shares.sums)
+    return draw_text(random, effort) if skill == "text" else draw_small_talk(random, effort)
+
+
+def shares_at(step: int) -> Shares:
+    """Those of the phase that the step is in."""
+    return [shares for first, shares in PHASES if first <= step][-1]
 
 
 def is_on_side(sample: Sample, held_out: bool) -> bool:
@@ -139,7 +187,7 @@ def one_side(random: Random, draw: Draw, held_out: bool) -> Iterator[Sample]:
 
 
 def draw_row(
-    random: Random, length: int, held_out: bool = False, kind: str | None = None, shares: Shares = EARLY
+    random: Random, length: int, held_out: bool = False, kind: str | None = None, shares: Shares = EVEN
 ) -> Row:
     """A row of this many tokens, padded. kind: None: any, by the shares."""
     kind = kind or random.choices(tuple(shares.rows), tuple(shares.rows.values()))[0]

@@ -70,12 +70,13 @@ def main() -> None:
     parser.add_argument("model", nargs="?", type=Path)
     parser.add_argument("--effort", choices=(*REASONING_EFFORTS, "each", "own"), default="own")
     parser.add_argument("--every", type=int, default=1, help="take one item in so many")
+    parser.add_argument("--skill", help="only the items of this skill")
     parser.add_argument("--date", default="2026-11-25")
     parser.add_argument("--weights", default="int8")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--wrong", type=int, default=0, help="show so many wrong answers of each skill")
     arguments = parser.parse_args()
-    items = demo_items()[:: arguments.every]
+    items = [item for item in demo_items() if arguments.skill in (None, item.skill)][:: arguments.every]
     efforts: list[str | None] = {"each": list(REASONING_EFFORTS), "own": [None]}.get(
         arguments.effort, [arguments.effort]
     )

@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 from demo.sample import Sample, compact_json
-from demo.words import values
+from demo.words import draw_value
 from harmonium.harmony.messages import Tool
 
 
@@ -211,9 +211,6 @@ _ASK = (
 )
 
 
-_NO_TOOL = 0.08
-
-
 @dataclass(frozen=True)
 class Declared:
     """A kind under the names that one declaration gives it."""
@@ -251,15 +248,22 @@ def toolset_key(tools: tuple[Declared, ...]) -> str:
     return "tools " + " ".join(sorted(tool.kind.names[0] for tool in tools))
 
 
-def draw_call(random: Random, effort: str, tools: tuple[Declared, ...]) -> Sample:
-    if random.random() < _NO_TOOL:
-        return _no_tool(random, effort, tools)
+def draw_call(
+    random: Random,
+    effort: str,
+    tools: tuple[Declared, ...],
+    without_tool: float,
+    is_wide: bool = False,
+) -> Sample:
+    """without_tool: the share of questions that none of the tools is for. is_wide: see words.draw_value."""
+    if random.random() < without_tool:
+        return _no_tool(random, effort, tools, is_wide)
     chosen = random.choice(tools)
     kind = chosen.kind
-    given = _arguments(random, kind)
+    given = _arguments(random, kind, is_wide)
     wording = _wording(random, kind)
     arguments = dict(zip(chosen.arguments, given, strict=True))
-    fields = {name: _value(random, kind_of, most) for name, kind_of, most in kind.result}
+    fields = {name: _value(random, kind_of, most, False) for name, kind_of, most in kind.result}
     return Sample(
         "tools",
         wording.format(*given),
@@ -272,18 +276,15 @@ def draw_call(random: Random, effort: str, tools: tuple[Declared, ...]) -> Sampl
     )
 
 
-def _no_tool(random: Random, effort: str, tools: tuple[Declared, ...]) -> Sample:
+def _no_tool(random: Random, effort: str, tools: tuple[Declared, ...], is_wide: bool) -> Sample:
     """What none of the declared tools is for."""
     declared = [tool.kind for tool in tools]
     kind = random.choice([kind for kind in KINDS if kind not in declared])
-    given = _arguments(random, kind)
+    given = _arguments(random, kind, is_wide)
     wording = _wording(random, kind)
     names = ", ".join(tool.name for tool in tools)
-    thought = {
-        "low": "No tool.",
-        "medium": f"Tools: {names}.\nNo tool.",
-        "high": f"Tools: {names}.\nNo tool.\nI say so.",
-    }
+    choice = f"Tools: {names}.\nNo tool."
+    thought = {"low": choice, "medium": f"{choice}\nI say so.", "high": f"{choice}\nI say so.\n{choice}"}
     keys = (wording, toolset_key(tools), f"{kind.names[0]} {compact_json(given)}")
     return Sample("tools", wording.format(*given), thought[effort], "I have no tool for that.", keys)
 
@@ -295,29 +296,26 @@ def _wording(random: Random, kind: Kind) -> str:
     return wording[0].upper() + wording[1:]
 
 
-def _arguments(random: Random, kind: Kind) -> list[Any]:
+def _arguments(random: Random, kind: Kind, is_wide: bool) -> list[Any]:
     """Different from each other: nobody flies from Rome to Rome."""
     while True:
-        given = [_value(random, parameter.kind, parameter.most) for parameter in kind.parameters]
+        given = [_value(random, parameter.kind, parameter.most, is_wide) for parameter in kind.parameters]
         if len(set(map(str, given))) == len(given):
             return given
 
 
-def _value(random: Random, kind: str, most: int) -> Any:
+def _value(random: Random, kind: str, most: int, is_wide: bool) -> Any:
     if kind == "number":
         return random.randint(1, most)
-    return random.choice(values()[kind]) if kind else "ok"
+    return draw_value(random, kind, is_wide) if kind else "ok"
 
 
 def _thought(chosen: Declared, arguments: Mapping[str, Any], tools: tuple[Declared, ...], effort: str) -> str:
-    """low: the tool. medium: the arguments too. high: looks at every tool first."""
+    """low: the declared tools, then the one to use. medium: the arguments too. high: the tools once more."""
     listed = "\n".join(f"{name} {value}" for name, value in arguments.items())
-    if effort == "low":
-        return f"Use {chosen.name}."
-    if effort == "medium":
-        return f"Use {chosen.name}.\n{listed}"
     names = ", ".join(tool.name for tool in tools)
-    return f"Tools: {names}.\nUse {chosen.name}.\n{listed}"
+    choice = f"Tools: {names}.\nUse {chosen.name}."
+    return {"low": choice, "medium": f"{choice}\n{listed}", "high": f"{choice}\n{listed}\n{choice}"}[effort]
 
 
 def _told(fields: Mapping[str, Any], effort: str) -> str:

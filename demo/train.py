@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from demo.embedding import structured_embedding
-from demo.mixture import EARLY, LATE, draw_row, used_tokens
+from demo.mixture import EVEN, draw_row, shares_at, used_tokens
 from demo.muon import Muon
 from demo.network import Network, Sizes, row_masks
 from demo.rows import Row
@@ -34,14 +34,11 @@ HELD_OUT_SEED = 99
 
 @dataclass(frozen=True)
 class Plan:
-    """steps: in all. plain_steps: the first ones, with neither tools nor schemas. late_from: when the
-    shares change. quantized_from: from this
-    step on the experts are computed with as MXFP4. decay: the share of the steps over which the rates fall.
+    """steps: in all. quantized_from: from this step on the experts are computed with as MXFP4. rows: of each
+    process. decay: the share of the steps over which the rates fall.
     """
 
     steps: int
-    plain_steps: int
-    late_from: int
     quantized_from: int
     rows: int
     row_length: int
@@ -116,10 +113,9 @@ class Trainer:
         temporary.replace(self.path)
 
     def draw(self, random: Random, held_out: bool = False) -> Batch:
-        kind = "plain" if self.step < self.plan.plain_steps and not held_out else None
-        shares = LATE if self.step >= self.plan.late_from else EARLY
+        shares = EVEN if held_out else shares_at(self.step)
         length = self.plan.row_length
-        rows = [draw_row(random, length, held_out, kind, shares) for _ in range(self.plan.rows)]
+        rows = [draw_row(random, length, held_out, shares=shares) for _ in range(self.plan.rows)]
         return Batch(
             rows,
             torch.tensor([[self._row_of.get(token, 0) for token in row.token_ids] for row in rows]),
@@ -220,14 +216,12 @@ def _arguments() -> tuple[argparse.Namespace, Plan]:
 
 
 PLAN: dict[str, Any] = {
-    "steps": 3700,
-    "plain_steps": 600,
-    "late_from": 1600,
-    "quantized_from": 2900,
+    "steps": 4000,
+    "quantized_from": 3200,
     "rows": 8,
     "row_length": 384,
     "warmup": 30,
-    "decay": 0.57,
+    "decay": 0.555,
     "muon_rate": 0.01,
     "adam_rate": 2e-3,
     "seed": 0,

@@ -7,6 +7,7 @@ are different tokens; a word that is not one token in both forms would have to b
 from __future__ import annotations
 
 from functools import lru_cache
+from random import Random
 
 from harmonium.harmony.vocabulary import vocabulary
 
@@ -77,6 +78,18 @@ wife wild wind window wine wing winter wire woman wood wool word work world worm
 young banana cheese pepper butter letter coffee tomato summer little puzzle castle circle candle turtle
 purple marble dinner rabbit hammer ladder
 """
+
+
+_STRANGE_SHARE = 0.4
+
+
+def draw_value(random: Random, kind: str, is_wide: bool) -> str:
+    """A word of the class. is_wide: or any word at all, so that a value has to be copied from where it stands
+    and cannot be guessed from its class.
+    """
+    if is_wide and random.random() < _STRANGE_SHARE:
+        return random.choice(spelled_words())
+    return random.choice(values()[kind])
 
 
 def is_one_token(text: str) -> bool:

@@ -40,6 +40,6 @@ def test_the_expected_answer_is_right_and_nothing_else_is() -> None:
 
 
 def test_a_number_that_is_asked_for_is_no_text() -> None:
-    item = next(item for item in demo_items() if item.id == "extraction-031")
+    item = next(item for item in demo_items() if "guests" in str(item.expected))
     wrong = {name: str(value) for name, value in item.expected.items()}
     assert not is_right(item, json.dumps(wrong), [])

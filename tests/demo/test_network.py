@@ -100,7 +100,7 @@ def test_logits_are_those_of_the_exported_checkpoint(tmp_path: Path, monkeypatch
 
 
 def _plan(steps: int) -> Plan:
-    sizes = {"steps": steps, "rows": 1, "row_length": 200, "plain_steps": 2, "quantized_from": 3}
+    sizes = {"steps": steps, "rows": 1, "row_length": 200, "quantized_from": 3}
     return Plan(**{**PLAN, **sizes})
 
 
