@@ -203,6 +203,12 @@ ENGINE = {
     "B85": ("test_package.py::test_model_answers_where_there_is_no_network",
             "harmony/test_vocabulary.py::test_ranks_are_those_that_openai_publishes",
             "harmony/test_tokenizer_json.py::test_file_that_disagrees_is_refused_with_token_and_both_ids"),
+    "B88": ("evals/test_command.py::test_malformed_streams_fail_no_request",
+            "evals/test_command.py::test_each_malformed_stream_is_judged"),
+    "B90": ("finetune/test_lora.py::test_the_file_that_the_native_engine_reads_means_the_same_matrices",
+            "model/test_lora_torch.py::test_what_was_learned_is_served_and_the_base_beside_it_knows_nothing",
+            "finetune/test_merge.py::test_merged_bf16_experts_give_the_adapters_logits",
+            "server/test_adapters.py::test_every_api_chooses_the_adapter_by_the_models_name"),
     "B86": ("engine/test_local.py::test_chat_whose_reasoning_is_dropped_resumes_near_the_first_difference",
             "engine/test_local.py::test_window_blocks_in_use_stay_bounded"),
 }  # fmt: skip
@@ -213,9 +219,7 @@ WAITING = {
     "B76": "the table of attention implementations by device (issue 6); the native CPU path always has sinks",
     "B77": "the table of attention implementations by device (issue 6)",
     "B83": "tensor and expert parallel sizes are vLLM's, behind engine/remote.py (issue 6)",
-    "B88": "harmonium eval, and evalscope against faulty turns (issue 7)",
     "B89": "harmonium finetune (issue 7)",
-    "B90": "adapters that harmonium finetune wrote, by model name through the API (issue 7)",
 }
 
 CATALOG = frozenset(
