@@ -238,6 +238,13 @@ def run_pull(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_finetune(arguments: argparse.Namespace) -> int:
+    """`harmonium finetune`."""
+    from harmonium.finetune.command import run_finetune
+
+    return run_finetune(arguments)
+
+
 COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "inspect": run_inspect,
     "generate": run_generate,
@@ -246,6 +253,7 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "serve": run_serve,
     "eval": run_eval,
     "pull": run_pull,
+    "finetune": run_finetune,
 }
 
 

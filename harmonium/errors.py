@@ -10,6 +10,7 @@
     ├── EngineError              the engine failed                                            HTTP 500
     │   ├── EngineBusy           the queue is full: try again after `retry_after_seconds`     HTTP 503
     │   └── EngineClosed         the engine is not (or no longer) running                     HTTP 503
+    ├── TrainingError            training cannot go on: the loss is no number                 exit 1
     ├── HarmonyError             messages that the Harmony format cannot express              HTTP 400
     └── ApiError                 what only HTTP can get wrong: keys, bodies, unknown names    its own status
 
@@ -99,6 +100,12 @@ class EngineClosed(EngineError):
 
     status = 503
     code = "engine_closed"
+
+
+class TrainingError(HarmoniumError):
+    """Training cannot go on; the states that were saved before are good."""
+
+    code = "training_failed"
 
 
 class HarmonyError(HarmoniumError):

@@ -15,6 +15,7 @@ from harmonium import __version__
 from harmonium.config import ISA_NAMES, EngineConfig, LoraSource
 from harmonium.errors import ConfigError
 from harmonium.eval_options import add_eval
+from harmonium.finetune_options import add_finetune
 from harmonium.serve_options import add_serving, add_vllm_flags
 
 Effort = Literal["low", "medium", "high"]
@@ -113,6 +114,9 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     add_eval(evaluation)
     _add_running(evaluation)
     _add_pull(add("pull", "Download a model, whole and checked; print its folder."))
+    add_finetune(
+        add("finetune", "Train a LoRA adapter, or a small model, on your examples; merge; check data.")
+    )
     return parser, commands
 
 

@@ -59,7 +59,7 @@ def test_example_of_the_engine_runs(tiny: Path) -> None:
         asyncio.run(names["engine"].close())
 
 
-COMMAND = re.compile(r"(?:^|\| |&& |/)(harmonium (?:inspect|chat|generate|bench|serve)\b[^|>&#]*)")
+COMMAND = re.compile(r"(?:^|\| |&& |/)(harmonium (?:inspect|chat|generate|bench|serve|finetune)\b[^|>&#]*)")
 
 
 def commands() -> list[str]:
