@@ -205,6 +205,10 @@ ENGINE = {
             "harmony/test_tokenizer_json.py::test_file_that_disagrees_is_refused_with_token_and_both_ids"),
     "B88": ("evals/test_command.py::test_malformed_streams_fail_no_request",
             "evals/test_command.py::test_each_malformed_stream_is_judged"),
+    "B89": ("finetune/test_lora.py::test_every_target_has_a_gradient_and_changes_the_logits",
+            "finetune/test_lora.py::test_saved_and_loaded_adapters_give_the_same_logits",
+            "finetune/test_merge.py::test_every_weight_is_base_plus_adapter_rounded_once",
+            "finetune/test_data.py::test_the_loss_is_on_what_the_model_writes_and_its_stop_token"),
     "B90": ("finetune/test_lora.py::test_the_file_that_the_native_engine_reads_means_the_same_matrices",
             "model/test_lora_torch.py::test_what_was_learned_is_served_and_the_base_beside_it_knows_nothing",
             "finetune/test_merge.py::test_merged_bf16_experts_give_the_adapters_logits",
@@ -219,7 +223,6 @@ WAITING = {
     "B76": "the table of attention implementations by device (issue 6); the native CPU path always has sinks",
     "B77": "the table of attention implementations by device (issue 6)",
     "B83": "tensor and expert parallel sizes are vLLM's, behind engine/remote.py (issue 6)",
-    "B89": "harmonium finetune (issue 7)",
 }
 
 CATALOG = frozenset(
