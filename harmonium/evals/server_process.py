@@ -20,6 +20,13 @@ from harmonium.errors import ConfigError, EngineError
 PROMPT_TOKENS = 8_192
 """Room for the question beside the longest answer: the longest of MMLU's and GPQA's take a few thousand."""
 
+_COMMAND = (
+    sys.executable,
+    "-c",
+    # `-m harmonium` would take a folder of that name in the working folder for the package.
+    "import sys; sys.path[:] = filter(None, sys.path); from harmonium.__main__ import main; sys.exit(main())",
+)
+
 _PASSED_ON = ("weights", "threads", "isa", "max_batch_tokens", "speculation", "memory_limit")
 
 
@@ -48,7 +55,7 @@ def serve_words(
 def _longest_context(model: str) -> int | None:
     """The model's own limit, as `harmonium inspect` says it."""
     done = subprocess.run(
-        [sys.executable, "-m", "harmonium", "inspect", model, "--json"],
+        [*_COMMAND, "inspect", model, "--json"],
         capture_output=True,
         text=True,
         check=False,
@@ -68,7 +75,7 @@ def served(words: Sequence[str]) -> Iterator[str]:
 
     Raises EngineError with its last line when it does not become ready.
     """
-    command = [sys.executable, "-m", "harmonium", *words]
+    command = [*_COMMAND, *words]
     with subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
