@@ -97,9 +97,15 @@ def test_a_folder_of_the_same_name_wins(
     assert not hub.seen
 
 
+# Not -m: the source tree in the working folder would stand before the package that is installed.
+_RUN = (
+    "import sys; sys.path[:] = filter(None, sys.path); from harmonium.__main__ import main; sys.exit(main())"
+)
+
+
 def _start(*words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "harmonium", *words],
+        [sys.executable, "-c", _RUN, *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
