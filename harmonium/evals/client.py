@@ -93,12 +93,14 @@ class ChatClient:
         self._stop.set()
 
     def model_names(self) -> list[str]:
-        """Names at GET /models. Raises ConfigError when they cannot be had, with the reason."""
+        """Names at GET /models, none while the server loads (503). Raises ConfigError with another reason."""
         connection = self._connection()
         try:
             connection.request("GET", f"{self.address.path}/models", headers=self._headers())
             with connection.getresponse() as response:
                 raw = response.read(MAX_LINE_BYTES)
+            if response.status == 503:
+                return []
             if response.status != 200:
                 raise ConfigError(f"{self.address}/models answers {_told(response.status, raw)}")
             return [str(entry["id"]) for entry in json.loads(raw)["data"]]
