@@ -97,6 +97,11 @@ def test_a_folder_of_the_same_name_wins(
     assert not hub.seen
 
 
+def _heed_interrupts() -> None:
+    """A shell's background job ignores Ctrl-C, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 # Not -m: the source tree in the working folder would stand before the package that is installed.
 _RUN = (
     "import sys; sys.path[:] = filter(None, sys.path); from harmonium.__main__ import main; sys.exit(main())"
@@ -109,6 +114,7 @@ def _start(*words: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=_heed_interrupts,
         env={**os.environ, "PYTHONPATH": _PACKAGE_PARENT, "no_proxy": "127.0.0.1,localhost"},
     )
 
