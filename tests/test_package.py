@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,14 @@ from harmonium.testing import make_tiny_checkpoint
 
 def run(code: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        # The package that runs these tests, and not the source tree in the working folder.
+        cwd=tempfile.gettempdir(),
+        env={**os.environ, "PYTHONPATH": str(Path(harmonium.__file__).resolve().parents[1])},
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
