@@ -1,7 +1,7 @@
 """evalscope runs against our server as it is: `eval` with local data, `perf` over both APIs.
 
-`tests/clients/install FOLDER evalscope` installs it into an environment of its own (1.2 GB); without it the
-tests are skipped. docs/evals.md has the same commands as a recipe.
+./check installs it into an environment of its own (1.3 GB), as `tests/clients/install FOLDER evalscope`
+does; without it the tests are skipped. docs/evals.md has the same commands as a recipe.
 """
 
 from __future__ import annotations
