@@ -108,9 +108,9 @@ def working(a: int, sign: str, b: int, effort: str) -> str:
     if sign == "-" and a < b:
         head += f"\n-({b}-{a})"
         a, b = b, a
-    lines = _lines(a, sign, b)
     if effort == "low":
-        return "\n".join([head, *lines])
+        return "\n".join([head, *_lines(a, sign, b, is_short=True)])
+    lines = _lines(a, sign, b)
     result = {"+": a + b, "-": a - b, "*": a * b}[sign]
     named = [f"{column} {line}" for column, line in zip(COLUMNS, lines, strict=False)]
     steps = [head, *named, split_number(result)]
@@ -131,9 +131,10 @@ def split_number(number: int) -> str:
     return CUT + str(number) + CUT
 
 
-def _lines(a: int, sign: str, b: int) -> list[str]:
+def _lines(a: int, sign: str, b: int, is_short: bool = False) -> list[str]:
+    """A line a column. is_short: product and carry in one step, which is harder."""
     if sign == "*":
-        return _product_lines(a, b)
+        return _product_lines(a, b, is_short)
     lines, carry = [], 0
     for column in range(max(len(str(a)), len(str(b)))):
         x, y = a // 10**column % 10, b // 10**column % 10
@@ -149,11 +150,11 @@ def _lines(a: int, sign: str, b: int) -> list[str]:
     return lines
 
 
-def _product_lines(a: int, b: int) -> list[str]:
+def _product_lines(a: int, b: int, is_short: bool) -> list[str]:
     lines, carry = [], 0
     for column in range(len(str(a))):
         x = a // 10**column % 10
         total = x * b + carry
-        lines.append(f"{x}*{b}+{carry}={total}")
+        lines.append(f"{x}*{b}+{carry}={total}" if is_short else f"{x}*{b}={x * b}+{carry}={total}")
         carry = total // 10
     return lines

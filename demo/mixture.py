@@ -11,16 +11,13 @@ from demo.conversation import GREETING, draw_formed, draw_small_talk
 from demo.conversation import draw_form as draw_instruction
 from demo.extraction import draw_extraction
 from demo.extraction import draw_form as draw_schema
-from demo.rows import Row, fill_row, padded
 from demo.sample import CUT, UNKNOWN, Opening, Sample, encode_answer, is_held_out, plain
 from demo.text import draw_text
 from demo.tools import declare, draw_call, toolset_key
 from demo.words import spelled_words, values
+from harmonium.finetune.rows import Row, fill_row
 from harmonium.harmony.messages import REASONING_EFFORTS, ReasoningEffort
 from harmonium.harmony.vocabulary import vocabulary
-
-SHARED = -1
-"""Stands in the list of used tokens for all the others, which share one row."""
 
 
 @dataclass(frozen=True)
@@ -33,51 +30,31 @@ class Shares:
     rows: Mapping[str, float]
     plain: Mapping[str, float]
     sums: tuple[float, float, float] = (4, 4, 3)
-    is_wide: bool = False
-    without_tool: float = 0.08
+    is_wide: bool = True
+    without_tool: float = 0.25
 
 
 EVEN = Shares(
-    {"plain": 0.40, "tools": 0.27, "schema": 0.20, "form": 0.13},
-    {"arithmetic": 0.42, "text": 0.43, "small talk": 0.15},
+    {"plain": 0.42, "tools": 0.30, "schema": 0.17, "form": 0.11},
+    {"arithmetic": 0.43, "text": 0.43, "small talk": 0.14},
 )
 PHASES = (
     (0, replace(EVEN, rows={"plain": 1.0})),
-    (600, EVEN),
+    (500, EVEN),
     (
-        1600,
+        1500,
         Shares(
-            {"plain": 0.46, "tools": 0.27, "schema": 0.18, "form": 0.09},
-            {"arithmetic": 0.44, "text": 0.50, "small talk": 0.06},
+            {"plain": 0.46, "tools": 0.32, "schema": 0.14, "form": 0.08},
+            {"arithmetic": 0.45, "text": 0.48, "small talk": 0.07},
+            sums=(3, 3, 4),
         ),
     ),
     (
         2600,
         Shares(
-            {"plain": 0.48, "tools": 0.33, "schema": 0.12, "form": 0.07},
-            {"arithmetic": 0.47, "text": 0.47, "small talk": 0.06},
-            sums=(3, 3, 5),
-            is_wide=True,
-        ),
-    ),
-    (
-        3000,
-        Shares(
-            {"plain": 0.36, "tools": 0.50, "schema": 0.08, "form": 0.06},
-            {"arithmetic": 0.45, "text": 0.50, "small talk": 0.05},
-            sums=(3, 3, 5),
-            is_wide=True,
-            without_tool=0.15,
-        ),
-    ),
-    (
-        3400,
-        Shares(
-            {"plain": 0.35, "tools": 0.57, "schema": 0.05, "form": 0.03},
-            {"arithmetic": 0.66, "text": 0.31, "small talk": 0.03},
-            sums=(2, 2, 8),
-            is_wide=True,
-            without_tool=0.15,
+            {"plain": 0.47, "tools": 0.38, "schema": 0.09, "form": 0.06},
+            {"arithmetic": 0.50, "text": 0.44, "small talk": 0.06},
+            sums=(2, 2, 5),
         ),
     ),
 )
@@ -192,11 +169,11 @@ def draw_row(
     """A row of this many tokens, padded. kind: None: any, by the shares."""
     kind = kind or random.choices(tuple(shares.rows), tuple(shares.rows.values()))[0]
     opening, draw = draw_opening(random, kind, held_out, shares=shares)
-    return padded(fill_row(opening.ids(), one_side(random, draw, held_out), length), length)
+    return fill_row(opening.ids(), (sample.pieces() for sample in one_side(random, draw, held_out)), length)
 
 
 def used_tokens(seed: int = 7, num_openings: int = 6000) -> list[int]:
-    """The tokens that have a row of their own, ascending, after SHARED: drawn from the generator."""
+    """The tokens that have a row of their own, ascending: drawn from the generator."""
     random = Random(seed)
     seen: set[int] = set()
     for _ in range(num_openings):
@@ -211,4 +188,4 @@ def used_tokens(seed: int = 7, num_openings: int = 6000) -> list[int]:
     for text in (*words, *(f" {word}" for word in words), *numbers):
         seen.update(encode_answer(text))
     seen.difference_update(vocabulary().encode(UNKNOWN), vocabulary().encode(CUT))
-    return [SHARED, *sorted(seen)]
+    return sorted(seen)

@@ -120,7 +120,7 @@ def _reverse(random: Random, effort: str) -> Sample:
     lines = {
         "low": (spelled(word, True),),
         "medium": (spelled(word), spelled(word, True)),
-        "high": (spelled(word), spelled(word, True), backwards),
+        "high": (spelled(word), spelled(word, True), f"check{CUT}", spelled(word), spelled(word, True)),
     }[effort]
     return _sample(wording.format(w=word), lines, backwards, f"reverse {word}", wording)
 
@@ -132,7 +132,7 @@ def _upper(random: Random, effort: str) -> Sample:
     lines = {
         "low": (spelled(word),),
         "medium": (spelled(word), spelled(word.upper())),
-        "high": (spelled(word), spelled(word.upper()), capital),
+        "high": (spelled(word), spelled(word.upper()), f"check{CUT}", spelled(word.upper())),
     }[effort]
     return _sample(wording.format(w=word), lines, capital, f"upper {word}", wording)
 

@@ -26,10 +26,11 @@ class Parameter:
 class Kind:
     """One thing a tool may do, with the names, descriptions, questions and results that it goes by.
 
-    questions: {0}, {1} are the arguments, in order. result: the fields that come back;
+    topic: the word for it in the reasoning. questions: {0}, {1} are the arguments, in order. result: the fields that come back;
     answer: the final answer, made from arguments and fields.
     """
 
+    topic: str
     names: tuple[str, ...]
     descriptions: tuple[str, ...]
     parameters: tuple[Parameter, ...]
@@ -41,6 +42,7 @@ class Kind:
 CITY = Parameter(("city", "location"), "city")
 KINDS = (
     Kind(
+        "weather",
         ("get_weather", "weather"),
         ("Get the weather of a city.", "Current weather in a city."),
         (CITY,),
@@ -55,6 +57,7 @@ KINDS = (
         "It is {temperature} degrees in {0}.",
     ),
     Kind(
+        "time",
         ("get_time", "clock"),
         ("Get the time in a city.", "Tells the local time."),
         (CITY,),
@@ -68,6 +71,7 @@ KINDS = (
         "It is {hour} o'clock in {0}.",
     ),
     Kind(
+        "timer",
         ("set_timer", "start_timer"),
         ("Start a timer.", "Set a timer in minutes."),
         (Parameter(("minutes", "duration"), "number", 120),),
@@ -81,6 +85,7 @@ KINDS = (
         "The timer is set for {0} minutes.",
     ),
     Kind(
+        "message",
         ("send_message", "message"),
         ("Send a message to a person.", "Tell a person something."),
         (Parameter(("to", "name"), "name"), Parameter(("text", "content"), "task")),
@@ -89,6 +94,7 @@ KINDS = (
         "Your message to {0} was sent.",
     ),
     Kind(
+        "music",
         ("play_music", "play"),
         ("Play music of a genre.", "Start some music."),
         (Parameter(("genre", "style"), "genre"),),
@@ -97,6 +103,7 @@ KINDS = (
         "Now playing {0}.",
     ),
     Kind(
+        "light",
         ("turn_on_light", "light"),
         ("Turn on the light in a room.", "Switch a light on."),
         (Parameter(("room", "place"), "room"),),
@@ -110,6 +117,7 @@ KINDS = (
         "The light in the {0} is on.",
     ),
     Kind(
+        "heat",
         ("set_temperature", "heating"),
         ("Set the temperature of a room.", "Heat or cool a room."),
         (Parameter(("room", "place"), "room"), Parameter(("degrees", "value"), "number", 30)),
@@ -123,6 +131,7 @@ KINDS = (
         "The {0} is set to {1} degrees.",
     ),
     Kind(
+        "word",
         ("translate", "translate_word"),
         ("Translate a word.", "Translate a word into a language."),
         (Parameter(("word", "text"), "item"), Parameter(("language", "target"), "language")),
@@ -136,6 +145,7 @@ KINDS = (
         "In {1}, {0} is {translation}.",
     ),
     Kind(
+        "food",
         ("order_food", "order"),
         ("Order food.", "Order a dish a number of times."),
         (Parameter(("dish", "item"), "dish"), Parameter(("quantity", "count"), "number", 20)),
@@ -149,6 +159,7 @@ KINDS = (
         "I ordered {0} for {price} dollars.",
     ),
     Kind(
+        "flight",
         ("book_flight", "flight"),
         ("Book a flight.", "Find a flight between two cities."),
         (Parameter(("from", "origin"), "city"), Parameter(("to", "destination"), "city")),
@@ -162,6 +173,7 @@ KINDS = (
         "The flight from {0} to {1} is {price} dollars.",
     ),
     Kind(
+        "news",
         ("get_news", "news"),
         ("Get the news about a topic.", "Latest news."),
         (Parameter(("topic", "subject"), "topic"),),
@@ -170,6 +182,7 @@ KINDS = (
         "There are {articles} articles about {0}.",
     ),
     Kind(
+        "person",
         ("find_person", "lookup"),
         ("Find the number of a person.", "Look a person up."),
         (Parameter(("name", "person"), "name"),),
@@ -178,6 +191,7 @@ KINDS = (
         "The number of {0} is {number}.",
     ),
     Kind(
+        "event",
         ("add_event", "calendar"),
         ("Add an event to the calendar.", "Plan something on a day."),
         (Parameter(("event", "title"), "task"), Parameter(("day", "date"), "day")),
@@ -191,6 +205,7 @@ KINDS = (
         "I added {0} on {1}.",
     ),
     Kind(
+        "shop",
         ("buy", "shop"),
         ("Buy something in a color.", "Order a thing for the house."),
         (Parameter(("item", "product"), "item"), Parameter(("color", "paint"), "color")),
@@ -282,9 +297,8 @@ def _no_tool(random: Random, effort: str, tools: tuple[Declared, ...], is_wide: 
     kind = random.choice([kind for kind in KINDS if kind not in declared])
     given = _arguments(random, kind, is_wide)
     wording = _wording(random, kind)
-    names = ", ".join(tool.name for tool in tools)
-    choice = f"Tools: {names}.\nNo tool."
-    thought = {"low": choice, "medium": f"{choice}\nI say so.", "high": f"{choice}\nI say so.\n{choice}"}
+    choice = _choice(kind, None, tools)
+    thought = {"low": choice, "medium": f"{choice}\nI say so.", "high": f"{choice}\nI say so.\ncheck\n{choice}"}
     keys = (wording, toolset_key(tools), f"{kind.names[0]} {compact_json(given)}")
     return Sample("tools", wording.format(*given), thought[effort], "I have no tool for that.", keys)
 
@@ -310,12 +324,23 @@ def _value(random: Random, kind: str, most: int, is_wide: bool) -> Any:
     return draw_value(random, kind, is_wide) if kind else "ok"
 
 
+def _choice(needed: Kind, chosen: Declared | None, tools: tuple[Declared, ...]) -> str:
+    """What is needed, whether each declared tool is for it, and the choice: each step is a small one."""
+    lines = [f"Need {needed.topic}."]
+    for tool in tools:
+        lines.append(f"{tool.name}: {tool.kind.topic} {'yes' if tool.kind is needed else 'no'}")
+    return "\n".join([*lines, "No tool." if chosen is None else f"Use {chosen.name}."])
+
+
 def _thought(chosen: Declared, arguments: Mapping[str, Any], tools: tuple[Declared, ...], effort: str) -> str:
-    """low: the declared tools, then the one to use. medium: the arguments too. high: the tools once more."""
+    """low: which tool. medium: the arguments too. high: which tool, once more."""
     listed = "\n".join(f"{name} {value}" for name, value in arguments.items())
-    names = ", ".join(tool.name for tool in tools)
-    choice = f"Tools: {names}.\nUse {chosen.name}."
-    return {"low": choice, "medium": f"{choice}\n{listed}", "high": f"{choice}\n{listed}\n{choice}"}[effort]
+    choice = _choice(chosen.kind, chosen, tools)
+    return {
+        "low": choice,
+        "medium": f"{choice}\n{listed}",
+        "high": f"{choice}\n{listed}\ncheck\n{choice}",
+    }[effort]
 
 
 def _told(fields: Mapping[str, Any], effort: str) -> str:

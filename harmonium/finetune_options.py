@@ -16,7 +16,7 @@ USAGE = """harmonium finetune MODEL --data FILE.jsonl --out DIR [options]
        harmonium finetune check FILE.jsonl [--max-tokens N]"""
 
 
-_METHODS, _OPTIMIZERS, _SCHEDULES = ("lora", "full"), ("adamw", "muon"), ("cosine", "linear", "constant")
+_METHODS, _OPTIMIZERS, _SCHEDULES = ("lora", "full"), ("adamw", "muon"), ("cosine", "linear", "constant", "wsd")
 _EFFORTS, _FORMATS, _DTYPES = ("low", "medium", "high"), ("mxfp4", "bf16"), ("float32", "bfloat16")
 
 _GROUPS: dict[str, tuple[tuple[str, Any, Any, str], ...]] = {
@@ -32,7 +32,7 @@ _GROUPS: dict[str, tuple[tuple[str, Any, Any, str], ...]] = {
         ("--quantize-last", "X", float, "share of the steps of full training that see MXFP4 (default 0.25)"),
     ),
     "data": (
-        ("--data", "FILE", str, "JSON Lines (docs/finetune.md)"),
+        ("--data", "FILE", str, "JSON Lines, or MODULE:NAME of a program (docs/finetune.md)"),
         ("--validation", "FILE|X", str, "a second file, or this share of the lines (such as 0.1)"),
         ("--max-tokens", "N", int, "longest sample; the rest is cut off, and reported (default 4096)"),
         ("--no-analysis-loss", None, bool, "do not train the reasoning itself"),
@@ -49,12 +49,15 @@ _GROUPS: dict[str, tuple[tuple[str, Any, Any, str], ...]] = {
         ("--muon-lr", "X", float, "Muon's (default 5 times --lr)"),
         ("--schedule", _SCHEDULES, str, "after the warm-up (default cosine)"),
         ("--warmup", "X", float, "share of the steps in which the rate rises (default 0.05)"),
+        ("--decay", "X", float, "share of the steps in which wsd falls, at the end (default 0.5)"),
         ("--clip", "X", float, "largest norm of the gradient; 0: any (default 1)"),
         ("--weight-decay", "X", float, "of matrices (default 0)"),
         ("--balance", "X", float, "weight of the experts' even use (default 0.01; LoRA without router: 0)"),
         ("--gradient-checkpointing", None, bool, "less memory, a third more time"),
         ("--seed", "N", int, "the same seed gives the same run on one thread (default 0)"),
-        ("--threads", "N", int, "default: the cores that this process may use"),
+        ("--threads", "N", int, "of each process (default: the cores that this process may use)"),
+        ("--processes", "N", int, "that share the batches of a step (--accumulate; default 1)"),
+        ("--compile", None, bool, "drawn data: compile first, which takes a minute and a C++ compiler"),
     ),
     "validation, stopping, saving": (
         ("--validate-every", "N", int, "steps between validations (default: once an epoch)"),

@@ -39,6 +39,11 @@ class PackedBatch:
     weight_R: npt.NDArray[np.float32]
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens that are computed."""
+        return len(self.token_id_T)
+
+    @property
     def weight(self) -> float:
         """What the batch counts in the mean loss of a step."""
         return float(self.weight_R.sum(dtype=np.float64))
@@ -90,12 +95,20 @@ class EpochBatches:
         """Whether the step is its epoch's last."""
         return step + 1 in self._first_steps
 
-    def batches(self, step: int) -> list[PackedBatch]:
-        """The batches of a step from 0 to num_steps - 1."""
+    def batches(self, step: int, rank: int = 0, world: int = 1) -> list[PackedBatch]:
+        """The batches of a step from 0 to num_steps - 1: those that process `rank` of `world` computes."""
+        return [
+            pack([self._samples[index] for index in batch]) for batch in self._chosen(step)[rank::world]
+        ]
+
+    def num_batches(self, step: int) -> int:
+        """Batches of the step in all."""
+        return len(self._chosen(step))
+
+    def _chosen(self, step: int) -> list[list[int]]:
         epoch = self.epoch_of(step)
         first = (step - self._first_steps[epoch]) * self._accumulate
-        chosen = self._epoch(epoch)[first : first + self._accumulate]
-        return [pack([self._samples[index] for index in batch]) for batch in chosen]
+        return self._epoch(epoch)[first : first + self._accumulate]
 
     def _epoch(self, epoch: int) -> list[list[int]]:
         if self._cached[0] != epoch:
@@ -126,10 +139,13 @@ class DrawnBatches:
         """Whether the step is the last of all."""
         return step + 1 == self.num_steps
 
-    def batches(self, step: int) -> list[PackedBatch]:
-        """The step's samples, in as few batches as they fit in."""
-        samples = self._source(step)
-        return packed_batches(samples, self._batch_tokens)
+    def batches(self, step: int, rank: int = 0, world: int = 1) -> list[PackedBatch]:
+        """The step's samples, in as few batches as they fit in: those of process `rank` of `world`."""
+        return packed_batches(self._source(step), self._batch_tokens)[rank::world]
+
+    def num_batches(self, step: int) -> int:
+        """Batches of the step in all."""
+        return len(packed_batches(self._source(step), self._batch_tokens))
 
 
 def packed_batches(samples: Sequence[Sample], batch_tokens: int) -> list[PackedBatch]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,18 @@ from harmonium.checkpoint.config_json import read_config
 from harmonium.checkpoint.names import canonical_tensors
 from harmonium.config import probe_hardware
 from harmonium.errors import ConfigError, MemoryPlanError
+from harmonium.finetune.compact import CompactModel
 from harmonium.finetune.data import DataReport, DataSettings, Sample, read_data
+from harmonium.finetune.drawn import DrawnRows, is_drawn, load_drawn
 from harmonium.finetune.export import export_checkpoint
 from harmonium.finetune.lora import Lora, LoraSettings, attach_lora, count_parameters, load_lora
 from harmonium.finetune.loss_log import LossLog, StepRow, plot, step_progress, tensorboard_writer
 from harmonium.finetune.packing import packed_batches, split
+from harmonium.finetune.processes import World, shared_run
+from harmonium.finetune.rows import samples_of_rows
 from harmonium.finetune.settings import FinetuneSettings
 from harmonium.finetune.state import TRAINING, RunFolder
-from harmonium.finetune.train import TrainResult, batch_tokens, mean_loss, train
+from harmonium.finetune.train import Source, TrainResult, Watch, batch_tokens, mean_loss, train
 from harmonium.model.torch import TorchModel
 
 SUMMARY_NAME = "finetune.json"
@@ -37,13 +43,13 @@ LARGE_BYTES = 2 << 30
 
 @dataclass(frozen=True, slots=True)
 class FinetuneResult:
-    """out: the folder. validation_loss: of what was written, read from the disk again; None without
-    validation. notes: what the user should know, a line each.
+    """out: the folder. data: None where a program drew it. validation_loss: of what was written, read from the
+    disk again; None without validation. notes: what the user should know, a line each.
     """
 
     out: Path
     training: TrainResult
-    data: DataReport
+    data: DataReport | None
     num_trained: int
     validation_loss: float | None
     notes: tuple[str, ...]
@@ -57,37 +63,88 @@ def finetune(settings: FinetuneSettings, say: Any = None) -> FinetuneResult:
     """
     say = say or (lambda line: None)
     out = _checked_out(settings)
-    samples, held, report = _read_samples(settings)
-    say(report.text())
-    model, lora = _model(settings)
-    named = lora.parameters() if lora is not None else list(model.parameters())
-    num_trained = count_parameters(named)
-    held_text = f", {len(held):,} held out" if held else ""
-    say(f"training {num_trained:,} numbers on {len(samples):,} samples{held_text}")
-    out.mkdir(parents=True, exist_ok=True)
-    result = _train(model, lora, samples, held, settings, out)
-    _write(model, lora, settings, out)
-    validation = _written_loss(settings, out, held, samples) if held else None
+    if settings.processes > 1 and settings.threads is None:
+        settings = replace(settings, threads=max(1, len(os.sched_getaffinity(0)) // settings.processes))
+    with shared_run(settings) as world:
+        prepared = _prepare(settings, say)
+        out.mkdir(parents=True, exist_ok=True)
+        result = _train(prepared, settings, out, world)
+    _write(prepared, settings, out)
+    validation = _written_loss(prepared, settings, out)
     notes = [note for note in (plot(LossLog(out / "loss.csv"), out / "loss.png"),) if note]
     summary = {
         "settings": {**settings.of_the_run(), "model": settings.model, "data": settings.data},
         "training": asdict(result),
-        "trained_numbers": num_trained,
+        "trained_numbers": prepared.num_trained,
         "validation_loss": validation,
     }
     (out / SUMMARY_NAME).write_text(json.dumps(summary, indent=2), encoding="utf-8")
     RunFolder(out).remove()
-    return FinetuneResult(out, result, report, num_trained, validation, tuple(notes))
+    return FinetuneResult(out, result, prepared.report, prepared.num_trained, validation, tuple(notes))
 
 
-def _train(
-    model: TorchModel,
-    lora: Lora | None,
-    samples: Sequence[Sample],
-    held: Sequence[Sample],
-    settings: FinetuneSettings,
-    out: Path,
-) -> TrainResult:
+def compute_steps(settings: FinetuneSettings, world: World) -> None:
+    """A process beside the first one: the steps alone, nothing is written."""
+    prepared = _prepare(settings, lambda line: None)
+    with contextlib.suppress(KeyboardInterrupt):  # the first process was asked to stop
+        _run(prepared, settings, Path(str(settings.out)).expanduser(), world, None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """What a run starts with. held: the validation of data in files."""
+
+    model: TorchModel | CompactModel
+    lora: Lora | None
+    samples: Source
+    held: Sequence[Sample]
+    report: DataReport | None
+
+    @property
+    def num_trained(self) -> int:
+        if self.lora is not None:
+            return count_parameters(self.lora.parameters())
+        return count_parameters(list(self.model.parameters()))
+
+
+def _prepare(settings: FinetuneSettings, say: Any) -> _Prepared:
+    if is_drawn(settings.data):
+        prepared = _prepare_drawn(settings)
+        say(f"training {prepared.num_trained:,} numbers on what {settings.data} draws")
+        return prepared
+    samples, held, report = _read_samples(settings)
+    say(report.text())
+    model, lora = _model(settings)
+    prepared = _Prepared(model, lora, samples, held, report)
+    held_text = f", {len(held):,} held out" if held else ""
+    say(f"training {prepared.num_trained:,} numbers on {len(samples):,} samples{held_text}")
+    return prepared
+
+
+def _prepare_drawn(settings: FinetuneSettings) -> _Prepared:
+    """A compact model of the config's shape, and the rows of a program."""
+    if settings.from_scratch is None or settings.max_steps is None:
+        raise ConfigError(
+            f"data is the program {settings.data!r}; expected --method full --from-scratch CONFIG.json and "
+            "--max-steps N beside it"
+        )
+    if settings.gradient_checkpointing or settings.validation is not None:
+        raise ConfigError(
+            "gradient_checkpointing and validation are not for data that a program draws: it draws its own"
+        )
+    data = load_drawn(str(settings.data))
+    config = read_config(Path(settings.from_scratch).expanduser()).model
+    model = CompactModel(config, data.used_tokens(), settings.seed)
+    vectors = data.initial_vectors(model.used, config.hidden_size)
+    if vectors is not None:
+        model.start_from(vectors)
+    if settings.compile:
+        model.compile_parts()
+    rows = DrawnRows(data, settings.accumulate, settings.max_steps, settings.seed)
+    return _Prepared(model, None, rows, (), None)
+
+
+def _train(prepared: _Prepared, settings: FinetuneSettings, out: Path, world: World) -> TrainResult:
     events = tensorboard_writer(out / "events") if settings.tensorboard else None
     with step_progress() as show:
 
@@ -96,7 +153,22 @@ def _train(
             if events is not None:
                 events(row)
 
-        return train(model, samples, settings, out, lora=lora, validation=held, watch=watch)
+        return _run(prepared, settings, out, world, watch)
+
+
+def _run(
+    prepared: _Prepared, settings: FinetuneSettings, out: Path, world: World, watch: Watch | None
+) -> TrainResult:
+    return train(
+        prepared.model,
+        prepared.samples,
+        settings,
+        out,
+        lora=prepared.lora,
+        validation=prepared.held,
+        watch=watch,
+        world=world,
+    )
 
 
 def _checked_out(settings: FinetuneSettings) -> Path:
@@ -169,19 +241,24 @@ def _refuse_large(config: ModelConfig) -> None:
         )
 
 
-def _write(model: TorchModel, lora: Lora | None, settings: FinetuneSettings, out: Path) -> None:
-    if lora is not None:
-        lora.save(out, str(settings.model))
+def _write(prepared: _Prepared, settings: FinetuneSettings, out: Path) -> None:
+    if prepared.lora is not None:
+        prepared.lora.save(out, str(settings.model))
         return
+    model = prepared.model
     source = None if settings.model is None else Path(settings.model).expanduser()
-    export_checkpoint(model, out, settings.export, source)  # type: ignore[arg-type]
+    whole = model.whole() if isinstance(model, CompactModel) else model
+    export_checkpoint(whole, out, settings.export, source)  # type: ignore[arg-type]
 
 
-def _written_loss(
-    settings: FinetuneSettings, out: Path, held: Sequence[Sample], samples: Sequence[Sample]
-) -> float:
-    """The validation's loss of what is on the disk now."""
-    batches = packed_batches(held, batch_tokens(settings, samples, held))
+def _written_loss(prepared: _Prepared, settings: FinetuneSettings, out: Path) -> float | None:
+    """The validation's loss of what is on the disk now; None without validation."""
+    held, samples = prepared.held, prepared.samples
+    if isinstance(samples, DrawnRows):
+        held = samples_of_rows(samples.validation())
+    if not held:
+        return None
+    batches = packed_batches(held, batch_tokens(settings, held))
     if settings.method == "full":
         return mean_loss(TorchModel.from_checkpoint(out), batches)
     with open_checkpoint(Path(str(settings.model)).expanduser()) as opened:

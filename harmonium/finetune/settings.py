@@ -14,12 +14,12 @@ from harmonium.errors import ConfigError
 
 Method = Literal["lora", "full"]
 Optimizer = Literal["adamw", "muon"]
-Schedule = Literal["cosine", "linear", "constant"]
+Schedule = Literal["cosine", "linear", "constant", "wsd"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "method": ("lora", "full"),
     "optimizer": ("adamw", "muon"),
-    "schedule": ("cosine", "linear", "constant"),
+    "schedule": ("cosine", "linear", "constant", "wsd"),
     "effort": ("low", "medium", "high"),
     "export": ("mxfp4", "bf16"),
     "dtype": ("float32", "bfloat16"),
@@ -38,6 +38,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "lr": (0, 10),
     "muon_lr": (0, 10),
     "warmup": (0, 1),
+    "decay": (0, 1),
+    "processes": (1, 64),
     "clip": (0, 1e6),
     "weight_decay": (0, 10),
     "balance": (0, 10),
@@ -57,14 +59,19 @@ _WHOLE = frozenset(
         "accumulate",
         "seed",
         "threads",
+        "processes",
         "validate_every",
         "early_stopping",
         "save_every",
     }
 )
-_FLAGS = frozenset({"shares_a", "no_analysis_loss", "gradient_checkpointing", "resume", "tensorboard"})
+_FLAGS = frozenset(
+    {"shares_a", "no_analysis_loss", "gradient_checkpointing", "resume", "tensorboard", "compile"}
+)
 
-NOT_IN_A_RUN = frozenset({"out", "resume", "threads", "save_every", "tensorboard", "data", "model"})
+NOT_IN_A_RUN = frozenset(
+    {"out", "resume", "threads", "processes", "compile", "save_every", "tensorboard", "data", "model"}
+)
 """Settings that may differ when a run goes on: they do not change its numbers, or are compared otherwise."""
 
 
@@ -75,7 +82,9 @@ class FinetuneSettings:
     model: a checkpoint's folder; None with from_scratch. data, out: a file and a folder. None elsewhere: a
     default that depends on the rest; docs/finetune.md has the table. validation: a file, or a share of the
     lines. quantize_last: share of the steps of full training in which the experts are used as MXFP4 rounds
-    them. batch_tokens: rows of one forward pass. warmup: share of the steps. clip 0: no clipping.
+    them. batch_tokens: rows of one forward pass. warmup: share of the steps; decay: the same, in which `wsd`
+    (warm-up, stable, decay) falls. clip 0: no clipping. processes: that share the batches of a step. compile:
+    let PyTorch compile what it can, for data that a program draws.
     """
 
     model: str | None = None
@@ -104,12 +113,15 @@ class FinetuneSettings:
     muon_lr: float | None = None
     schedule: Schedule = "cosine"
     warmup: float = 0.05
+    decay: float = 0.5
     clip: float = 1.0
     weight_decay: float = 0.0
     balance: float | None = None
     gradient_checkpointing: bool = False
     seed: int = 0
     threads: int | None = None
+    processes: int = 1
+    compile: bool = False
     validate_every: int | None = None
     early_stopping: int | None = None
     save_every: int = 100

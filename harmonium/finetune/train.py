@@ -25,11 +25,15 @@ import torch
 from torch import Tensor, nn
 
 from harmonium.errors import ConfigError, TrainingError
+from harmonium.finetune.compact import CompactModel
 from harmonium.finetune.data import Sample
+from harmonium.finetune.drawn import DrawnRows
 from harmonium.finetune.interrupt import Interrupts
 from harmonium.finetune.loss_log import LossLog, StepRow
 from harmonium.finetune.optimizer import Optimizer, rate_share
+from harmonium.finetune.processes import World
 from harmonium.finetune.packing import DrawnBatches, EpochBatches, PackedBatch, SampleSource, packed_batches
+from harmonium.finetune.rows import RowBatch
 from harmonium.finetune.settings import FinetuneSettings
 from harmonium.finetune.state import RunFolder, RunState
 from harmonium.model.torch import TorchModel
@@ -53,19 +57,25 @@ class TrainResult:
     stopped_early: bool
 
 
+Batch = PackedBatch | RowBatch
+Source = Sequence[Sample] | SampleSource | DrawnRows
+
+
 def train(
-    model: TorchModel,
-    samples: Sequence[Sample] | SampleSource,
+    model: TorchModel | CompactModel,
+    samples: Source,
     settings: FinetuneSettings,
     out_dir: str | Path,
     *,
     lora: Any = None,
     validation: Sequence[Sample] = (),
     watch: Watch | None = None,
+    world: World | None = None,
 ) -> TrainResult:
     """Train the model in place; afterwards it has the weights of the best validation, or the last ones.
 
-    samples: all of them, or a function that gives those of a step (then max_steps says how many there are).
+    samples: all of them, or a function that gives those of a step (then max_steps says how many there are),
+    or rows that a program draws, for a CompactModel. world: the processes that share the run; the first writes.
     lora: from `attach_lora`: its parameters are trained; None: all of the model's. out_dir: gets loss.csv and
     the states, from which settings.resume goes on. Of the settings, those about data, model and adapter are
     not looked at. Nothing is exported.
@@ -75,18 +85,23 @@ def train(
     """
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    run = _Run(model, samples, settings, Path(out_dir), lora, validation)
+    world = world or World()
+    run = _Run(model, samples, settings, Path(out_dir), lora, validation, world)
     run.resume()
     with Interrupts() as interrupts:
-        while run.step < run.num_steps and not run.is_stale:
+        while run.step < run.num_steps:
             row = run.advance()
             if watch is not None:
                 watch(row, run.num_steps)
-            is_asked = interrupts.is_asked
-            if is_asked or run.step % settings.save_every == 0:
+            # The first process's word: signals and validations are its own.
+            own = (interrupts.is_asked, run.is_stale) if world.is_first else (0, 0)
+            is_asked, is_stale = map(bool, world.sums(own))
+            if world.is_first and (is_asked or run.step % settings.save_every == 0):
                 run.save()
             if is_asked:
                 raise KeyboardInterrupt
+            if is_stale:
+                break
     return run.finish()
 
 
@@ -95,23 +110,29 @@ class _Run:
 
     def __init__(
         self,
-        model: TorchModel,
-        samples: Sequence[Sample] | SampleSource,
+        model: TorchModel | CompactModel,
+        samples: Source,
         settings: FinetuneSettings,
         out: Path,
         lora: Any,
         validation: Sequence[Sample],
+        world: World,
     ) -> None:
-        self.model, self.settings = model, settings
-        model.recomputes = settings.gradient_checkpointing
+        self.model, self.settings, self.world = model, settings, world
+        plain = model.weights if isinstance(model, CompactModel) else model
+        plain.recomputes = settings.gradient_checkpointing
         self.named: list[tuple[str, nn.Parameter]] = (
             list(model.named_parameters()) if lora is None else lora.named_parameters()
         )
-        self.rounds_experts = lora is None and model.experts == "float" and settings.export == "mxfp4"
+        self.rounds_experts = lora is None and plain.experts == "float" and settings.export == "mxfp4"
         self.batches = _batches(samples, settings, validation)
         self.num_steps = min(self.batches.num_steps, settings.max_steps or self.batches.num_steps)
-        self.validation = packed_batches(validation, batch_tokens(settings, samples, validation))
-        self.optimizer = Optimizer(self.named, settings)
+        self.validation: Sequence[Batch] = (
+            samples.validation()
+            if isinstance(samples, DrawnRows)
+            else packed_batches(validation, batch_tokens(settings, samples, validation))
+        )
+        self.optimizer = Optimizer(self.named, settings, world)
         self.facts: dict[str, Any] = {
             "settings": settings.of_the_run(),
             "data": _fingerprint(samples) + _fingerprint(validation),
@@ -131,7 +152,8 @@ class _Run:
         """Go on from the last state, where the settings ask for it and there is one."""
         state = self.folder.last() if self.settings.resume else None
         if state is None:
-            self.log.begin()
+            if self.world.is_first:
+                self.log.begin()
             return
         _refuse_other(state.facts, self.facts, self.folder.path)
         with torch.no_grad():
@@ -143,13 +165,14 @@ class _Run:
         best = state.facts["best"]
         self.best_step, self.num_stale = best["step"], best["num_stale"]
         self.best_loss = math.inf if best["loss"] is None else best["loss"]
-        self.log.go_on(self.step)
+        if self.world.is_first:
+            self.log.go_on(self.step)
 
     def advance(self) -> StepRow:
         """One step, with the validation that is due after it."""
         began = time.monotonic()
         self._set_rounding(self.step >= (1 - self.settings.quantize_last) * self.num_steps)
-        batches = self.batches.batches(self.step)
+        batches = self.batches.batches(self.step, self.world.rank, self.world.size)
         loss, balance = self._gradients(batches)
         norm = self._clipped_norm()
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -161,7 +184,8 @@ class _Run:
         share = rate_share(self.step, self.num_steps, self.settings)
         self.optimizer.step(share)
         self.step, self.loss = self.step + 1, loss
-        validation = self._validate()
+        validation = self._validate() if self.world.is_first else None
+        counts = self._counts(batches)
         row = StepRow(
             step=self.step,
             epoch=self.batches.epoch_of(self.step - 1) + 1,
@@ -170,11 +194,12 @@ class _Run:
             balance=balance,
             learning_rate=share * self.settings.learning_rate,
             gradient_norm=norm,
-            num_tokens=sum(len(batch.token_id_T) for batch in batches),
-            num_loss_tokens=sum(len(batch.row_R) for batch in batches),
+            num_tokens=counts[0],
+            num_loss_tokens=counts[1],
             seconds=time.monotonic() - began,
         )
-        self.log.add(row)
+        if self.world.is_first:
+            self.log.add(row)
         return row
 
     def save(self) -> None:
@@ -184,7 +209,7 @@ class _Run:
     def finish(self) -> TrainResult:
         """Take the best weights, where there was a validation."""
         self._set_rounding(False)
-        if self.validation and self.best_step != self.step:
+        if self.validation and self.best_step != self.step and self.world.is_first:
             best = _under(self.folder.best(self.best_step), "weights.")
             with torch.no_grad():
                 for name, parameter in self.named:
@@ -198,20 +223,28 @@ class _Run:
             self.step < self.num_steps,
         )
 
-    def _gradients(self, batches: Sequence[PackedBatch]) -> tuple[float, float | None]:
+    def _counts(self, batches: Sequence[Batch]) -> tuple[int, int]:
+        """(tokens of the step, those with a loss), of all processes."""
+        own = [sum(batch.num_tokens for batch in batches), sum(len(batch.row_R) for batch in batches)]
+        tokens, loss_tokens = self.world.sums(own)
+        return int(tokens), int(loss_tokens)
+
+    def _gradients(self, batches: Sequence[Batch]) -> tuple[float, float | None]:
         """(mean loss of the step, the experts' balance); the gradients are in the parameters."""
-        total = sum(batch.weight for batch in batches)
+        total = self.world.sums([sum(batch.weight for batch in batches)])[0]
+        num_batches = self.batches.num_batches(self.step)
         loss_sum = balance_sum = 0.0
         for batch in batches:
-            loss, scores = batch_loss(self.model, batch)
+            loss, balance = batch_loss(self.model, batch, bool(self.settings.balance_weight))
             loss = loss / total
             loss_sum += float(loss.detach())
-            if self.settings.balance_weight:
-                balance = load_balancing_loss(scores, self.model.config.num_active_experts)
-                balance = balance / (self.model.config.num_active_experts * len(batches))
+            if balance is not None:
+                balance = balance / num_batches
                 balance_sum += float(balance.detach())
                 loss = loss + self.settings.balance_weight * balance
             loss.backward()  # type: ignore[no-untyped-call]
+        self.world.sum_gradients([parameter for _, parameter in self.named])
+        loss_sum, balance_sum = self.world.sums([loss_sum, balance_sum])
         return loss_sum, balance_sum if self.settings.balance_weight else None
 
     def _clipped_norm(self) -> float:
@@ -259,17 +292,28 @@ class _Run:
         return "no saved state" if state is None else f"the state after step {state.step}"
 
 
-def batch_loss(model: TorchModel, batch: PackedBatch) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """(sum of the weighted losses of a batch, the router's scores of each layer)."""
+def batch_loss(
+    model: TorchModel | CompactModel, batch: Batch, with_balance: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """(sum of the weighted losses of a batch, the experts' balance where it is asked for: 1 when it is even)."""
+    if isinstance(model, CompactModel):
+        assert isinstance(batch, RowBatch), "a compact model is trained on rows"
+        loss, balance, _ = model.loss(batch)
+        return loss, balance if with_balance else None
+    assert isinstance(batch, PackedBatch), "a whole model is trained on packed samples"
     device = model.lm_head.weight.device
     hidden_TD, scores = model.hidden_states(torch.from_numpy(batch.token_id_T).to(device), batch.start_S)
     hidden_RD = hidden_TD.index_select(0, torch.from_numpy(batch.row_R).to(device))
     target_R = torch.from_numpy(batch.target_R).to(device)
     weight_R = torch.from_numpy(batch.weight_R).to(device)
-    return cross_entropy(hidden_RD, model.lm_head.weight, target_R, weight_R), scores
+    loss = cross_entropy(hidden_RD, model.lm_head.weight, target_R, weight_R)
+    if not with_balance:
+        return loss, None
+    num_active = model.config.num_active_experts
+    return loss, load_balancing_loss(scores, num_active) / num_active
 
 
-def mean_loss(model: TorchModel, batches: Sequence[PackedBatch]) -> float:
+def mean_loss(model: TorchModel | CompactModel, batches: Sequence[Batch]) -> float:
     """The mean loss over all loss tokens of the batches, as the model stands; no gradients."""
     with torch.no_grad():
         total = sum(float(batch_loss(model, batch)[0]) for batch in batches)
@@ -287,8 +331,10 @@ def batch_tokens(settings: FinetuneSettings, *groups: Sequence[Sample] | SampleS
 
 
 def _batches(
-    samples: Sequence[Sample] | SampleSource, settings: FinetuneSettings, validation: Sequence[Sample]
-) -> EpochBatches | DrawnBatches:
+    samples: Source, settings: FinetuneSettings, validation: Sequence[Sample]
+) -> EpochBatches | DrawnBatches | DrawnRows:
+    if isinstance(samples, DrawnRows):
+        return samples
     size = batch_tokens(settings, samples, validation)
     if callable(samples):
         if settings.max_steps is None:
@@ -301,8 +347,8 @@ def _batches(
     return EpochBatches(samples, size, settings.accumulate, settings.epochs, settings.seed)
 
 
-def _fingerprint(samples: Sequence[Sample] | SampleSource) -> str:
-    if callable(samples):
+def _fingerprint(samples: Source) -> str:
+    if callable(samples) or isinstance(samples, DrawnRows):
         return "drawn"
     digest = hashlib.sha256()
     for sample in samples:
