@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from random import Random
 from typing import Any
 
-from demo.mixture import draw_opening, is_on_side
+from demo.mixture import Shares, draw_opening, is_on_side
 from demo.sample import UNKNOWN, Opening, Sample, compact_json, plain
 from harmonium.demo_items import ITEMS_FILE
 from harmonium.harmony.messages import REASONING_EFFORTS
@@ -21,6 +21,13 @@ COUNTS = {
     "instructions": ("form", 120),
     "small talk": ("plain", 60),
 }
+SHARES = Shares(
+    {"plain": 0.40, "tools": 0.27, "schema": 0.20, "form": 0.13},
+    {"arithmetic": 0.42, "text": 0.43, "small talk": 0.15},
+    is_wide=False,
+    without_tool=0.08,
+)
+"""Fixed: the questions stay the same when the training's shares change."""
 _STRANGE = (
     " quantum",
     " democracy",
@@ -58,7 +65,7 @@ def items() -> Iterator[dict[str, Any]]:
         for number in range(count):
             effort = REASONING_EFFORTS[number % 3]
             while True:
-                opening, draw = draw_opening(random, kind, True, effort)
+                opening, draw = draw_opening(random, kind, True, effort, SHARES)
                 sample = _draw_skill(draw, skill)
                 if sample is not None and sample.question not in asked:
                     break

@@ -26,8 +26,8 @@ class Parameter:
 class Kind:
     """One thing a tool may do, with the names, descriptions, questions and results that it goes by.
 
-    topic: the word for it in the reasoning. questions: {0}, {1} are the arguments, in order. result: the fields that come back;
-    answer: the final answer, made from arguments and fields.
+    topic: the word for it in the reasoning. questions: {0}, {1} are the arguments, in order. result: the
+    fields that come back; answer: the final answer, made from arguments and fields.
     """
 
     topic: str
@@ -298,7 +298,11 @@ def _no_tool(random: Random, effort: str, tools: tuple[Declared, ...], is_wide: 
     given = _arguments(random, kind, is_wide)
     wording = _wording(random, kind)
     choice = _choice(kind, None, tools)
-    thought = {"low": choice, "medium": f"{choice}\nI say so.", "high": f"{choice}\nI say so.\ncheck\n{choice}"}
+    thought = {
+        "low": choice,
+        "medium": f"{choice}\nI say so.",
+        "high": f"{choice}\nI say so.\ncheck\n{choice}",
+    }
     keys = (wording, toolset_key(tools), f"{kind.names[0]} {compact_json(given)}")
     return Sample("tools", wording.format(*given), thought[effort], "I have no tool for that.", keys)
 
@@ -326,10 +330,9 @@ def _value(random: Random, kind: str, most: int, is_wide: bool) -> Any:
 
 def _choice(needed: Kind, chosen: Declared | None, tools: tuple[Declared, ...]) -> str:
     """What is needed, whether each declared tool is for it, and the choice: each step is a small one."""
-    lines = [f"Need {needed.topic}."]
-    for tool in tools:
-        lines.append(f"{tool.name}: {tool.kind.topic} {'yes' if tool.kind is needed else 'no'}")
-    return "\n".join([*lines, "No tool." if chosen is None else f"Use {chosen.name}."])
+    judged = (f"{tool.name}: {tool.kind.topic} {'yes' if tool.kind is needed else 'no'}" for tool in tools)
+    last = "No tool." if chosen is None else f"Use {chosen.name}."
+    return "\n".join([f"Need {needed.topic}.", *judged, last])
 
 
 def _thought(chosen: Declared, arguments: Mapping[str, Any], tools: tuple[Declared, ...], effort: str) -> str:

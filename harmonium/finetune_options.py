@@ -16,7 +16,11 @@ USAGE = """harmonium finetune MODEL --data FILE.jsonl --out DIR [options]
        harmonium finetune check FILE.jsonl [--max-tokens N]"""
 
 
-_METHODS, _OPTIMIZERS, _SCHEDULES = ("lora", "full"), ("adamw", "muon"), ("cosine", "linear", "constant", "wsd")
+_METHODS, _OPTIMIZERS, _SCHEDULES = (
+    ("lora", "full"),
+    ("adamw", "muon"),
+    ("cosine", "linear", "constant", "wsd"),
+)
 _EFFORTS, _FORMATS, _DTYPES = ("low", "medium", "high"), ("mxfp4", "bf16"), ("float32", "bfloat16")
 
 _GROUPS: dict[str, tuple[tuple[str, Any, Any, str], ...]] = {

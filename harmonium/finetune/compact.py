@@ -1,17 +1,17 @@
 """gpt-oss for training a small model whole on a processor: bf16 products, padded rows, a compact vocabulary.
 
 The weights are a `TorchModel`'s, with a row of the vocabulary for each token that occurs in the data and one
-for all others; the arithmetic is that of `harmonium.model.torch` in another form. Processors with AVX-512 bf16
-multiply five times faster in bf16 than PyTorch does in float32; that, products over whole rows, and openings
-that are computed once for several conversations make training possible that would take days.
+for all others; the arithmetic is that of `harmonium.model.torch` in another form. Processors with AVX-512
+bf16 multiply five times faster in bf16 than PyTorch does in float32; that, products over whole rows, and
+openings that are computed once for several conversations make training possible that would take days.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -148,7 +148,7 @@ class _Attention(torch.autograd.Function):
     weigh_backward: Callable[..., Any] = staticmethod(_weigh_backward)
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor, mask: Tensor) -> Tensor:
         B, H, T, K = q.shape
         scores = torch.bmm(q.view(B * H, T, K), k.view(B * H, T, K).transpose(1, 2)).view(B, H, T, T)
         e, scale, sink_share = _Attention.weigh(scores, mask, sink)
@@ -158,7 +158,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         q, k, v, e, scale, sink_share, out = ctx.saved_tensors
         B, H, T, K = q.shape
         d_out = d_out.contiguous()
@@ -177,16 +177,16 @@ class _Attention(torch.autograd.Function):
 class CompactModel(nn.Module):
     """A model in training. weights: a `TorchModel` whose vocabulary is the shared row, then `used`'s rows.
 
-    config: of the whole model. used: token ids, ascending. Experts with `fakes_mxfp4` set are computed with as
-    MXFP4 will hold them.
+    config: of the whole model. used: token ids, ascending. Experts with `fakes_mxfp4` set are computed with
+    as MXFP4 will hold them.
     """
 
     def __init__(self, config: ModelConfig, used: Sequence[int], seed: int) -> None:
         super().__init__()
         if list(used) != sorted(set(used)) or not used or used[-1] >= config.vocabulary_size or used[0] < 0:
             raise ConfigError(
-                f"the used tokens are {len(used):,}, {used[0] if used else None} first; expected ascending ids "
-                f"below {config.vocabulary_size:,}"
+                f"the used tokens are {len(used):,}, {used[0] if used else None} first; expected some, "
+                f"ascending, below {config.vocabulary_size:,}"
             )
         self.config, self.used = config, list(used)
         compact = replace(config, vocabulary_size=len(used) + 1)
@@ -253,12 +253,19 @@ class CompactModel(nn.Module):
             self.config.rms_norm_eps,
             weights.lm_head.weight,
             token_BT[row, place],
-            self.extra,
+            self._extra(),
         )
         return loss_R.sum(), balance, right_R
 
+    def _extra(self) -> Tensor:
+        """Added to the logits: the shared row stands for as many tokens as share it."""
+        return self.get_buffer("extra")
+
     def hidden(self, token_BT: Tensor, position_BT: Tensor, segment_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """(the last layer's output [B, T, D] in float32, the experts' balance). token_BT: rows of `weights`."""
+        """(the last layer's output [B, T, D] in float32, the experts' balance).
+
+        token_BT: rows of `weights`.
+        """
         B, T = token_BT.shape
         masks = row_masks(position_BT, segment_BT, self.config.window)
         cosine, sine = (
@@ -266,12 +273,15 @@ class CompactModel(nn.Module):
             for table in self.weights.angles(position_BT.flatten().numpy().astype(np.int32))
         )
         decoder = self.weights.model
+        layers = cast(Iterator[Layer], iter(decoder.layers))
         x, balance = functional.embedding(token_BT, decoder.embed_tokens.weight), torch.zeros(())
         eps, size = self.config.rms_norm_eps, self.config.head_size
-        for layer in decoder.layers:
+        for layer in layers:
             mixer, mlp = layer.self_attn, layer.mlp
             parts = [
-                part for each in (mixer.q_proj, mixer.k_proj, mixer.v_proj) for part in (each.weight, each.bias)
+                part
+                for each in (mixer.q_proj, mixer.k_proj, mixer.v_proj)
+                for part in (each.weight, each.bias)
             ]
             q, k, v = self._heads(x, layer.input_layernorm.weight, eps, parts, cosine, sine, size)
             heads = _Attention.apply(q, k, v, mixer.sinks, masks[mixer.kind])  # type: ignore[no-untyped-call]
@@ -302,9 +312,9 @@ class CompactModel(nn.Module):
         order = flat.argsort(stable=True)
         counts = torch.bincount(flat, minlength=self.config.num_experts).tolist()
         token = order // self.config.num_active_experts
-        inputs = h.index_select(0, token).split(counts)
+        inputs = torch.split(h.index_select(0, token), counts)
         wide = torch.cat([torch.addmm(gate_up_biases[e], y, gate_ups[e]) for e, y in enumerate(inputs)])
-        middle = self._swiglu(wide, self.config.swiglu_limit, self.config.swiglu_alpha).split(counts)
+        middle = torch.split(self._swiglu(wide, self.config.swiglu_limit, self.config.swiglu_alpha), counts)
         out = torch.cat([torch.addmm(down_biases[e], y, downs[e]) for e, y in enumerate(middle)])
         return x.index_add(0, token, out.float() * weight.reshape(-1).index_select(0, order).unsqueeze(1))
 

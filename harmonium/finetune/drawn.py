@@ -53,12 +53,16 @@ def load_drawn(name: str) -> DrawnData:
     try:
         found = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"data is {name!r}, which cannot be loaded ({error}); expected MODULE:NAME") from None
+        raise ConfigError(
+            f"data is {name!r}, which cannot be loaded ({error}); expected MODULE:NAME"
+        ) from None
     data = found() if callable(found) else found
     methods = ("used_tokens", "rows", "validation_rows", "initial_vectors")
     missing = [method for method in methods if not callable(getattr(data, method, None))]
     if missing:
-        raise ConfigError(f"data is {name!r}, which has no method {missing[0]}; expected {', '.join(methods)}")
+        raise ConfigError(
+            f"data is {name!r}, which has no method {missing[0]}; expected {', '.join(methods)}"
+        )
     return data  # type: ignore[no-any-return]
 
 
@@ -81,10 +85,6 @@ class DrawnRows:
         """Those of the step's batches that process `rank` of `world` computes."""
         indices = range(rank, self._num_batches, world)
         return [batch_of_rows(self._data.rows(step, index, self._seed)) for index in indices]
-
-    def num_batches(self, step: int) -> int:
-        """Batches of the step in all."""
-        return self._num_batches
 
     def validation(self) -> list[RowBatch]:
         """The batches of the validation."""

@@ -72,7 +72,7 @@ class Optimizer:
             groups.setdefault(tuple(weight.shape[-2:]), []).append((name, weight, update))
         for group in groups.values():
             matrices = [update.reshape(-1, *update.shape[-2:]) for _, _, update in group]
-            directions = self._orthogonal(torch.cat(matrices)).split([len(each) for each in matrices])
+            directions = torch.split(self._orthogonal(torch.cat(matrices)), [len(each) for each in matrices])
             for (name, weight, _), direction in zip(group, directions, strict=True):
                 outputs, inputs = weight.shape[-2:]
                 if ".experts." in name:  # Hugging Face's float experts are [E, inputs, outputs]

@@ -97,13 +97,7 @@ class EpochBatches:
 
     def batches(self, step: int, rank: int = 0, world: int = 1) -> list[PackedBatch]:
         """The batches of a step from 0 to num_steps - 1: those that process `rank` of `world` computes."""
-        return [
-            pack([self._samples[index] for index in batch]) for batch in self._chosen(step)[rank::world]
-        ]
-
-    def num_batches(self, step: int) -> int:
-        """Batches of the step in all."""
-        return len(self._chosen(step))
+        return [pack([self._samples[index] for index in batch]) for batch in self._chosen(step)[rank::world]]
 
     def _chosen(self, step: int) -> list[list[int]]:
         epoch = self.epoch_of(step)
@@ -142,10 +136,6 @@ class DrawnBatches:
     def batches(self, step: int, rank: int = 0, world: int = 1) -> list[PackedBatch]:
         """The step's samples, in as few batches as they fit in: those of process `rank` of `world`."""
         return packed_batches(self._source(step), self._batch_tokens)[rank::world]
-
-    def num_batches(self, step: int) -> int:
-        """Batches of the step in all."""
-        return len(packed_batches(self._source(step), self._batch_tokens))
 
 
 def packed_batches(samples: Sequence[Sample], batch_tokens: int) -> list[PackedBatch]:

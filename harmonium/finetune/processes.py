@@ -28,6 +28,9 @@ from harmonium.finetune.settings import FinetuneSettings
 WAIT = timedelta(hours=1)
 """For the slowest process in a step: a validation of the first one is in it."""
 
+PATIENCE = 30.0
+"""Seconds in which a process ends when all steps are done."""
+
 
 _CODE = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
@@ -66,7 +69,7 @@ class World:
         flat = torch.cat([gradient.reshape(-1).float() for gradient in gradients])
         self._reduce(flat)
         sizes = [gradient.numel() for gradient in gradients]
-        for gradient, total in zip(gradients, flat.split(sizes), strict=True):
+        for gradient, total in zip(gradients, torch.split(flat, sizes), strict=True):
             gradient.copy_(total.view_as(gradient))
 
     def gathered(self, part: Tensor) -> list[Tensor]:
@@ -103,19 +106,28 @@ def shared_run(settings: FinetuneSettings) -> Iterator[World]:
     with tempfile.TemporaryDirectory(prefix="harmonium-finetune-") as folder:
         meeting = Path(folder) / "meeting"
         children = [_start(settings, rank, meeting) for rank in range(1, settings.processes)]
+        is_done = False
         try:
             yield _meet(meeting, 0, settings.processes)
+            is_done = True
         finally:
+            for child in children:
+                _end(child, PATIENCE if is_done else 0)
             if dist.is_initialized():
                 dist.destroy_process_group()
-            for child in children:
-                child.terminate()
-            for child in children:
-                child.wait()
+
+
+def _end(child: subprocess.Popen[bytes], patience: float) -> None:
+    """Wait for a process that has nothing more to do, and stop one that does not end."""
+    try:
+        child.wait(patience)
+    except subprocess.TimeoutExpired:
+        child.kill()  # it writes nothing, so nothing is lost
+        child.wait()
 
 
 def _start(settings: FinetuneSettings, rank: int, meeting: Path) -> subprocess.Popen[bytes]:
-    task = {"settings": asdict(settings), "rank": rank, "meeting": str(meeting), "parent": os.getpid()}
+    task = {"settings": asdict(settings), "rank": rank, "meeting": str(meeting)}
     # Python's own search path, so that the child finds the same packages and not what lies around.
     words = [sys.executable, "-c", _CODE, json.dumps(sys.path)]
     child = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
@@ -145,10 +157,10 @@ def compute_along() -> None:
     given["targets"] = tuple(given["targets"])
     settings = FinetuneSettings(**given)
     world = _meet(Path(task["meeting"]), task["rank"], settings.processes)
+    code = 1
     try:
         compute_steps(settings, world)
+        code = 0
     except TrainingError:
-        os._exit(1)  # the first process is gone; it, or its user, has said why
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        pass  # the first process is gone; it, or its user, has said why
+    os._exit(code)  # at once: threads of the group would be torn down in any order

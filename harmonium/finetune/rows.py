@@ -70,7 +70,7 @@ class RowBatch:
 
     def samples(self) -> list[Sample]:
         """The conversations, each with its opening before it."""
-        found = []
+        found: list[Sample] = []
         is_target = np.zeros(self.token_id_BT.shape, np.float32)
         is_target[self.row_R, self.place_R] = 1
         for ids, segments, weights in zip(self.token_id_BT, self.segment_BT, is_target, strict=True):

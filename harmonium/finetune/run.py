@@ -43,8 +43,8 @@ LARGE_BYTES = 2 << 30
 
 @dataclass(frozen=True, slots=True)
 class FinetuneResult:
-    """out: the folder. data: None where a program drew it. validation_loss: of what was written, read from the
-    disk again; None without validation. notes: what the user should know, a line each.
+    """out: the folder. data: None where a program drew it. validation_loss: of what was written, read from
+    the disk again; None without validation. notes: what the user should know, a line each.
     """
 
     out: Path

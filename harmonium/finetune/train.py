@@ -31,8 +31,8 @@ from harmonium.finetune.drawn import DrawnRows
 from harmonium.finetune.interrupt import Interrupts
 from harmonium.finetune.loss_log import LossLog, StepRow
 from harmonium.finetune.optimizer import Optimizer, rate_share
-from harmonium.finetune.processes import World
 from harmonium.finetune.packing import DrawnBatches, EpochBatches, PackedBatch, SampleSource, packed_batches
+from harmonium.finetune.processes import World
 from harmonium.finetune.rows import RowBatch
 from harmonium.finetune.settings import FinetuneSettings
 from harmonium.finetune.state import RunFolder, RunState
@@ -75,7 +75,7 @@ def train(
     """Train the model in place; afterwards it has the weights of the best validation, or the last ones.
 
     samples: all of them, or a function that gives those of a step (then max_steps says how many there are),
-    or rows that a program draws, for a CompactModel. world: the processes that share the run; the first writes.
+    or rows that a program draws, for a CompactModel. world: the processes that share the run; one writes.
     lora: from `attach_lora`: its parameters are trained; None: all of the model's. out_dir: gets loss.csv and
     the states, from which settings.resume goes on. Of the settings, those about data, model and adapter are
     not looked at. Nothing is exported.
@@ -231,8 +231,7 @@ class _Run:
 
     def _gradients(self, batches: Sequence[Batch]) -> tuple[float, float | None]:
         """(mean loss of the step, the experts' balance); the gradients are in the parameters."""
-        total = self.world.sums([sum(batch.weight for batch in batches)])[0]
-        num_batches = self.batches.num_batches(self.step)
+        total, num_batches = self.world.sums([sum(batch.weight for batch in batches), len(batches)])
         loss_sum = balance_sum = 0.0
         for batch in batches:
             loss, balance = batch_loss(self.model, batch, bool(self.settings.balance_weight))
@@ -295,7 +294,7 @@ class _Run:
 def batch_loss(
     model: TorchModel | CompactModel, batch: Batch, with_balance: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """(sum of the weighted losses of a batch, the experts' balance where it is asked for: 1 when it is even)."""
+    """(sum of the weighted losses of a batch, the experts' balance where it is asked for: 1 when even)."""
     if isinstance(model, CompactModel):
         assert isinstance(batch, RowBatch), "a compact model is trained on rows"
         loss, balance, _ = model.loss(batch)
