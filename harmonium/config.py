@@ -24,8 +24,9 @@ Weights = Literal["int8", "bf16"]
 Speculation = Literal["ngram", "off"]
 """How tokens are guessed ahead. ngram: what followed the same tokens earlier in the text."""
 
-Experts = Literal["auto", "mapped", "packed"]
-"""How MXFP4 experts are held. mapped: as they lie in the files. packed: copied in the products' order."""
+Experts = Literal["auto", "mapped", "packed", "streamed"]
+"""How MXFP4 experts are held. mapped: as they lie in the files. packed: copied in the products' order.
+streamed: some in memory, the others read when they are needed."""
 
 Computing = Literal["native", "torch"]
 """What computes a step: our kernels, or PyTorch."""
@@ -76,7 +77,10 @@ class EngineConfig:
     speculation: "ngram" guesses tokens from text that came before and checks them in one step; "off" does
         not. The answers are the same.
     experts: "packed" copies MXFP4 experts into memory of the process while the first answers run, and is
-        faster; "mapped" uses the files' pages, which the system can take back; "auto" packs if there is room.
+        faster; "mapped" uses the files' pages, which the system can take back; "streamed" keeps some experts
+        in memory and reads the others from the disk when they are needed; "auto" packs if there is room, and
+        streams if they do not fit.
+    expert_memory_bytes: for streamed experts; None: what memory_limit_bytes leaves.
     lora: adapters that requests may ask for.
     engine: "native", or "torch": PyTorch in float32, slow, needs harmonium[torch] and has no adapters.
     stall_seconds: about how long a step with prompt tokens may keep sequences that decode waiting; prompts
@@ -96,6 +100,7 @@ class EngineConfig:
     prefix_cache: bool = True
     speculation: Speculation = "ngram"
     experts: Experts = "auto"
+    expert_memory_bytes: int | None = None
     stall_seconds: float = 0.4
     cache_dir: str | Path | None = None
     cache_limit_bytes: int = 10 << 30
@@ -111,8 +116,14 @@ class EngineConfig:
             raise ConfigError(f"speculation is {self.speculation!r}; expected 'ngram' or 'off'")
         if not 0.0 <= self.stall_seconds <= 3600.0:  # NaN fails it too
             raise ConfigError(f"stall_seconds is {self.stall_seconds!r}; expected 0 (no limit) to 3600")
-        if self.experts not in ("auto", "mapped", "packed"):
-            raise ConfigError(f"experts is {self.experts!r}; expected 'auto', 'mapped' or 'packed'")
+        if self.experts not in ("auto", "mapped", "packed", "streamed"):
+            raise ConfigError(
+                f"experts is {self.experts!r}; expected 'auto', 'mapped', 'packed' or 'streamed'"
+            )
+        if self.expert_memory_bytes is not None and self.experts in ("mapped", "packed"):
+            raise ConfigError(
+                f"expert_memory_bytes is given and experts is {self.experts!r}; expected 'streamed' or 'auto'"
+            )
         if not isinstance(self.prefix_cache, bool):
             raise ConfigError(f"prefix_cache is {self.prefix_cache!r}; expected True or False")
         if self.engine not in ("native", "torch"):
@@ -129,6 +140,7 @@ class EngineConfig:
             ("threads", self.threads, MAX_THREADS),
             ("memory_limit_bytes", self.memory_limit_bytes, 1 << 60),
             ("cache_limit_bytes", self.cache_limit_bytes, 1 << 60),
+            ("expert_memory_bytes", self.expert_memory_bytes, 1 << 60),
         ):
             if value is not None:
                 _check_range(name, value, 1, high)

@@ -229,9 +229,7 @@ def memory_table(memory: MemoryPlan, num_adapters: int = 0) -> str:
         (
             "experts",
             memory.expert_bytes + memory.packing_bytes,
-            "packed while the first answers run; a layer is there twice meanwhile"
-            if memory.packs_experts
-            else "mapped, used where they lie in the files",
+            _expert_remark(memory),
         ),
         ("dense weights", memory.dense_bytes, ""),
         ("embedding", memory.embedding_bytes, "pages mapped at a time"),
@@ -249,6 +247,14 @@ def memory_table(memory: MemoryPlan, num_adapters: int = 0) -> str:
         rows.insert(3, ("adapters", memory.adapter_bytes, f"{num_adapters}, with what a step needs for them"))
     lines = [f"  {name:<14} {_size(size)}  {remark}".rstrip() for name, size, remark in rows]
     return "\n".join(["memory", *lines]) + "\n"
+
+
+def _expert_remark(memory: MemoryPlan) -> str:
+    if memory.streams_experts:
+        return f"streamed: {memory.num_expert_slots:,} in memory, the others read when needed"
+    if memory.packs_experts:
+        return "packed while the first answers run; a layer is there twice meanwhile"
+    return "mapped, used where they lie in the files"
 
 
 def _table(rows: list[tuple[str, str]]) -> str:

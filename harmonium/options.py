@@ -188,9 +188,16 @@ def _add_running(parent: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     )
     group.add_argument(
         "--experts",
-        choices=("auto", "mapped", "packed"),
+        choices=("auto", "mapped", "packed", "streamed"),
         default="auto",
-        help="packed: copied to memory in the products' order, faster; mapped: as they lie in the files",
+        help="packed: copied to memory in the products' order, faster; mapped: as they lie in the files; "
+        "streamed: read from the disk when needed, for a model larger than memory",
+    )
+    group.add_argument(
+        "--expert-memory",
+        type=memory_bytes,
+        metavar="SIZE",
+        help="most that streamed experts may take; default: what else is free",
     )
     group.add_argument(
         "--memory-limit", type=memory_bytes, metavar="SIZE", help="such as 14GiB; default: what is free"
@@ -355,6 +362,7 @@ def engine_config(arguments: argparse.Namespace) -> EngineConfig:
         speculation=arguments.speculation,
         lora=tuple(map(lora_source, getattr(arguments, "lora", ()))),
         experts=arguments.experts,
+        expert_memory_bytes=arguments.expert_memory,
         stall_seconds=arguments.stall_seconds,
         cache_dir=arguments.cache_dir,
         cache_limit_bytes=arguments.cache_limit,

@@ -26,6 +26,7 @@ inline void require(bool ok, const std::string& message) {
 
 void bind_threads(nb::module_& m);
 void bind_matmul(nb::module_& m);
+void bind_moe(nb::module_& m);
 void bind_ops(nb::module_& m);
 void bind_sampling(nb::module_& m);
 

@@ -145,7 +145,11 @@ struct Weight {
   std::int64_t num_outputs;
   std::int64_t num_inputs;
   GgmlMatrix ggml = {nullptr, nullptr, false};  // ggml only; data is not used then
+  // mxfp4 and ggml only. Null: experts lie one after another. Else those of expert e begin so many bytes behind `data`:
+  // place[kPlaceStride * e] its matrix, the next one its scales (ggml: its second matrix, if there are two).
+  const std::int64_t* place = nullptr;
 };
+constexpr int kPlaceStride = 4;  // gate_up, its scales, down, its scales
 
 struct Experts {
   Weight gate_up;  // [E, 2F, D]
@@ -166,6 +170,12 @@ void linear(const float* x, std::int64_t num_tokens, const Weight& weight, Activ
 // adapters: null, or what LoRA adapters add to the products of some tokens.
 void moe(const float* x, std::int64_t num_tokens, const std::int32_t* expert_id, const float* expert_weight,
          int num_active, const Experts& experts, const ExpertAdapters* adapters, Activations activations, float* out);
+// The same in two halves, so that experts may be computed in several calls: the weighted result of each slot (token,
+// active expert) to parts [T, A, D]; slots with a negative id are left as they are. Then out += each token's parts.
+void moe_parts(const float* x, std::int64_t num_tokens, const std::int32_t* expert_id, const float* expert_weight,
+               int num_active, const Experts& experts, const ExpertAdapters* adapters, Activations activations,
+               float* parts);
+void add_moe_parts(const float* parts, std::int64_t num_tokens, int num_active, std::int64_t hidden, float* out);
 
 // Bytes of shared scratch that a call takes (kept for the next one) and bytes that each thread takes.
 std::int64_t linear_scratch_bytes(std::int64_t num_tokens, std::int64_t num_inputs);

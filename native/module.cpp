@@ -50,6 +50,7 @@ void bind_threads(nb::module_& m) {
 NB_MODULE(_native, m) {
   harmonium::bind_threads(m);
   harmonium::bind_matmul(m);
+  harmonium::bind_moe(m);
   harmonium::bind_ops(m);
   harmonium::bind_sampling(m);
 }

@@ -202,6 +202,11 @@ class GgufCheckpoint(Checkpoint):
         is_split = first.tensor.type.name == "MXFP4"
         return GgmlExperts(first.rows, None if second is None else second.rows, is_split, names)
 
+    def expert_span(self, name: str) -> tuple[Path, int, int]:
+        """(file, offset, bytes) of all experts' matrix of a name that `ggml_experts` gave."""
+        place = self._places[name]
+        return place.file.path, *place.span
+
     def tensor(self, name: str) -> npt.NDArray[Any]:
         self._info(name)
         base, _, kind = name.rpartition(".")

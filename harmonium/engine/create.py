@@ -79,6 +79,8 @@ def plan_engine(path: str | Path, config: EngineConfig | None = None) -> EngineP
         checkpoint = stack.enter_context(open_checkpoint(path))
         adapters = _open_adapters(config, checkpoint.config, stack)
         memory = _plan_memory(checkpoint, resolved, adapters)
+        if memory.streams_experts:
+            resolved = _with_long_steps(resolved, memory.max_batch_tokens)
         stack.pop_all()
     return EnginePlan(checkpoint, hardware, resolved, memory, adapters)
 
@@ -89,6 +91,15 @@ def _plan_memory(checkpoint: Checkpoint, resolved: Resolved, adapters: Mapping[s
         return plan_torch_memory(model, checkpoint.expert_format, config, limit)
     held = adapter_bytes(model, adapters.values(), config.max_batch_tokens)
     return plan_memory(model, checkpoint.expert_format, config, limit, resolved.threads, held)
+
+
+def _with_long_steps(resolved: Resolved, max_batch_tokens: int) -> Resolved:
+    """Streamed experts: a piece of a prompt reads nearly all of them, so it is as long as it can be.
+
+    Pieces short enough for stall_seconds would take the disk's whole time for a few tokens each.
+    """
+    config = replace(resolved.config, max_batch_tokens=max_batch_tokens, stall_seconds=0.0)
+    return replace(resolved, config=config)
 
 
 def _open_adapters(config: EngineConfig, model: ModelConfig, stack: ExitStack) -> dict[str, LoraFiles]:
@@ -186,6 +197,7 @@ def _make_runner(plan: EnginePlan, adapters: Sequence[LoraAdapter], progress: Pr
         progress=progress,
         adapters=adapters,
         packs_experts=plan.memory.packs_experts,
+        num_expert_slots=plan.memory.num_expert_slots,
     )
 
 

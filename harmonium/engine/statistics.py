@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from harmonium.engine.protocol import FinishReason
+from harmonium.model.expert_cache import ExpertCounts
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +18,7 @@ class EngineStatistics:
     their blocks were cached, in num_prefix_hits resumptions. num_restored_blocks: full-attention blocks read
     from the cache folder. num_draft_tokens: tokens guessed, in num_drafts
     guesses; num_accepted_draft_tokens: those that came true. finished: how many requests ended for each
-    reason.
+    reason. experts: what streaming experts from the disk came to; None where they are not streamed.
     """
 
     running: int = 0
@@ -40,4 +41,5 @@ class EngineStatistics:
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_draft_tokens: int = 0
+    experts: ExpertCounts | None = None
     finished: dict[FinishReason, int] = field(default_factory=dict)

@@ -368,6 +368,7 @@ class Worker:
             num_drafts=scheduler.num_drafts,
             num_draft_tokens=scheduler.num_draft_tokens,
             num_accepted_draft_tokens=scheduler.num_accepted_draft_tokens,
+            experts=getattr(self._runner, "expert_counts", None),  # not every runner streams
             finished=dict(+self._finished),
         )
 

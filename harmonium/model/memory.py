@@ -11,6 +11,13 @@ from harmonium.config import CACHE_BLOCK_TOKENS, EngineConfig, Weights
 from harmonium.errors import ConfigError, MemoryPlanError
 from harmonium.kernels import attention_scratch_bytes, matmul_scratch_bytes, packed_shape
 from harmonium.kernels.sampling import sampling_scratch_bytes
+from harmonium.model.streaming_memory import (
+    STREAMED_BATCH_TOKENS,
+    least_slots,
+    slot_bytes,
+    spare_bytes,
+    stream_scratch_bytes,
+)
 
 AUTO_CONTEXT_TOKENS = 8192
 """Longest context that is chosen unasked: 0.2 GB of cache for a 20b."""
@@ -41,11 +48,14 @@ PROCESS_BYTES = 130 << 20
 class MemoryPlan:
     """Where the memory of a process that serves a model goes, in bytes.
 
-    expert_bytes: mapped, used where it lies in the files. dense_bytes: qkv, out and unembedding as `weights`
-    holds them, and the small tensors. embedding_bytes: pages of the embedding that are mapped at a time.
+    expert_bytes: mapped, used where it lies in the files; of streamed experts, those in memory. dense_bytes:
+    qkv, out and unembedding as `weights` holds them, and the small tensors. embedding_bytes: pages of the
+    embedding that are mapped at a time.
     process_bytes: everything that is there without a model. limit_bytes: what the process may use.
     adapter_bytes: LoRA adapters, and what a step needs for them. packing_bytes: what packed experts take more
     than mapped ones, at the most: a layer is there twice while it is packed. 0: they are not packed.
+    num_expert_slots: streamed experts that are in memory at a time; 0: they are not streamed.
+    max_batch_tokens: of a step.
     """
 
     context_length: int
@@ -61,11 +71,23 @@ class MemoryPlan:
     limit_bytes: int
     adapter_bytes: int = 0
     packing_bytes: int = 0
+    num_expert_slots: int = 0
+    max_batch_tokens: int = 0
+
+    @property
+    def streams_experts(self) -> bool:
+        """Whether only some experts are in memory, and the others read when they are needed."""
+        return self.num_expert_slots > 0
 
     @property
     def packs_experts(self) -> bool:
         """Whether experts are copied in the order of the products once they are read."""
         return self.packing_bytes > 0
+
+    @property
+    def left_bytes(self) -> int:
+        """What the plan leaves for streamed experts."""
+        return max(0, self.limit_bytes - self.total_bytes - spare_bytes(self.limit_bytes))
 
     @property
     def total_bytes(self) -> int:
@@ -103,6 +125,8 @@ def plan_memory(
         )
     longest = min(AUTO_CONTEXT_TOKENS, config.max_context) if wanted is None else wanted
     planner = _Planner(config, expert_format, engine_config, memory_limit_bytes, threads, adapter_bytes)
+    if engine_config.experts == "streamed":
+        return planner.with_experts_streamed(longest)
     plan = planner.plan(longest)
     if plan.total_bytes <= memory_limit_bytes:
         return planner.with_experts_placed(plan)
@@ -110,6 +134,11 @@ def plan_memory(
         fitting = planner.longest_fitting(longest)
         if fitting is not None and fitting.context_length >= min(SHORTEST_AUTO_CONTEXT_TOKENS, longest):
             return planner.with_experts_placed(fitting)
+    if engine_config.experts == "auto" and expert_format == "mxfp4":
+        try:
+            return planner.with_experts_streamed(longest)
+        except MemoryPlanError:
+            pass  # what is needed to have them all in memory is the better thing to say
     raise MemoryPlanError(_refusal(plan, planner))
 
 
@@ -194,6 +223,7 @@ class _Planner:
     limit_bytes: int
     threads: int
     adapter_bytes: int
+    streams: bool = False
 
     def plan(self, context_length: int) -> MemoryPlan:
         """The plan for this context; its cache takes what is wanted, what is affordable, or one context."""
@@ -206,7 +236,7 @@ class _Planner:
             context_length=context_length,
             num_full_blocks=0,
             num_window_blocks=num_window_blocks,
-            expert_bytes=expert_bytes(config, self.expert_format),
+            expert_bytes=0 if self.streams else expert_bytes(config, self.expert_format),
             dense_bytes=dense_bytes(config, self.engine.weights),
             embedding_bytes=min(table, EMBEDDING_ROWS_KEPT * row_pages),
             full_cache_bytes=0,
@@ -215,12 +245,17 @@ class _Planner:
             process_bytes=PROCESS_BYTES,
             limit_bytes=self.limit_bytes,
             adapter_bytes=self.adapter_bytes,
+            max_batch_tokens=step,
         )
+        if self.streams:
+            scratch = plan.scratch_bytes + stream_scratch_bytes(config, step)
+            plan = replace(plan, scratch_bytes=scratch)
         one_context = math.ceil(context_length / CACHE_BLOCK_TOKENS)
         wanted = one_context * min(self.engine.max_sequences, SHARED_CONTEXTS)
         block = block_bytes(config, "full")
-        # Half of what is left at most: the rest is the file cache's, and other programs'.
-        affordable = max(0, self.limit_bytes - plan.total_bytes) // 2 // block if block else wanted
+        # Half of what is left at most: the rest is the file cache's, and other programs'; or the experts'.
+        share = 8 if self.streams else 2
+        affordable = max(0, self.limit_bytes - plan.total_bytes) // share // block if block else wanted
         num_full_blocks = max(one_context, min(wanted, affordable))
         return replace(plan, num_full_blocks=num_full_blocks, full_cache_bytes=num_full_blocks * block)
 
@@ -259,6 +294,45 @@ class _Planner:
             )
         return plan
 
+    def with_experts_streamed(self, context_length: int) -> MemoryPlan:
+        """The plan with as many experts in memory as there is room for.
+
+        Steps may be longer than asked for: a step of a prompt reads most experts, whatever its length. Raises
+        ConfigError for bf16 experts and an expert_memory_bytes below a few experts, MemoryPlanError.
+        """
+        if self.expert_format != "mxfp4":
+            raise ConfigError(f"experts is 'streamed' with {self.expert_format} experts; expected MXFP4 ones")
+        config, asked = self.config, self.engine.max_batch_tokens
+        size, least = slot_bytes(config), least_slots(config)
+        budget = self.engine.expert_memory_bytes
+        if budget is not None and budget < least * size:
+            raise ConfigError(
+                f"expert_memory_bytes is {budget:,}; expected at least {least * size:,}, for {least} experts"
+            )
+        shortest = replace(self, streams=True).plan(context_length)
+        plan, left = shortest, shortest.left_bytes
+        for step in STREAMED_BATCH_TOKENS:
+            longer = replace(self, streams=True, engine=replace(self.engine, max_batch_tokens=step))
+            if step > asked and left - (longer_plan := longer.plan(context_length)).left_bytes <= left // 8:
+                plan, left = longer_plan, longer_plan.left_bytes
+                break
+        slots = min(config.num_layers * config.num_experts, left // size)
+        if budget is not None:
+            slots = min(slots, budget // size)
+        if slots < least:
+            needed = plan.total_bytes + spare_bytes(self.limit_bytes) + least * size
+            raise MemoryPlanError(
+                f"streamed experts need {_gb(needed)} and this process may use {_gb(self.limit_bytes)}; "
+                "a shorter context or fewer sequences need less"
+            )
+        return replace(plan, expert_bytes=slots * size, num_expert_slots=slots)
+
+    def can_stream(self, context_length: int) -> bool:
+        try:
+            return self.with_experts_streamed(context_length).streams_experts
+        except ConfigError:
+            return False
+
     def _num_window_blocks(self, context_length: int) -> int:
         """Every sequence's window, what one step writes, and as many windows again for kept prefixes.
 
@@ -294,6 +368,8 @@ def _refusal(plan: MemoryPlan, planner: _Planner) -> str:
         advice.append("fewer tokens in a step")
     if engine.weights == "bf16" and fits(weights="int8"):
         advice.append("weights int8")
+    if engine.experts == "mapped" and planner.can_stream(plan.context_length):
+        advice.append("experts streamed from the disk")
     if plan.adapter_bytes and plan.total_bytes - plan.adapter_bytes <= plan.limit_bytes:
         advice.append(f"fewer adapters (they take {_gb(plan.adapter_bytes)})")
     remedy = "no setting makes it fit: it needs more memory"

@@ -7,11 +7,12 @@ Everything a step needs lies in memory taken before the first one: a step alloca
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from harmonium.checkpoint.checkpoint import Checkpoint
 from harmonium.checkpoint.lora import LoraAdapter
 from harmonium.checkpoint.model_config import LayerKind, ModelConfig
 from harmonium.checkpoint.names import EMBEDDING
@@ -19,11 +20,13 @@ from harmonium.config import CACHE_BLOCK_TOKENS, Weights
 from harmonium.errors import CheckpointError, EngineClosed
 from harmonium.kernels.ops import attention, rms_norm, rope_and_store, router
 from harmonium.model.batch import Batch, SampledToken, StepResult
+from harmonium.model.expert_cache import ExpertCounts
 from harmonium.model.lora import AdapterSet, StepAdapters
 from harmonium.model.memory import EMBEDDING_ROWS_KEPT, MAX_LOGIT_ROWS
 from harmonium.model.pages import Reader
 from harmonium.model.rope import attention_factor, inverse_frequencies, rope_tables
 from harmonium.model.sampler import sample_rows
+from harmonium.model.streamed_experts import ExpertStream, StreamedExperts
 from harmonium.model.weights import (
     FloatArray,
     LayerWeights,
@@ -63,8 +66,10 @@ class NativeRunner:
     weights: "int8" converts the dense weights at load and quantizes activations; "bf16" uses them as they are
     and rounds activations to bf16. progress: called with (bytes done, bytes in all). adapters: those that
     sequences of a batch may name by their places here. packs_experts: copy MXFP4 experts in the background in
-    the order of the products (int8 weights only; the same numbers, faster). The checkpoint is closed with the
-    runner. The kernels' threads and instruction set are the process's (kernels.runtime.configure).
+    the order of the products (int8 weights only; the same numbers, faster). num_expert_slots: keep only so
+    many MXFP4 experts in memory and read others when they are needed (of a Checkpoint's files); 0: all are
+    used where they lie. The checkpoint is closed with the runner. The kernels' threads and instruction set
+    are the process's (kernels.runtime.configure).
 
     Raises CheckpointError for sizes that the kernels cannot take.
     """
@@ -77,13 +82,22 @@ class NativeRunner:
         progress: Progress | None = None,
         adapters: Sequence[LoraAdapter] = (),
         packs_experts: bool = False,
+        num_expert_slots: int = 0,
     ) -> None:
         self._checkpoint = checkpoint
         self._config = config = checkpoint.config
         _check_sizes(config)
         self._max_batch_tokens = max_batch_tokens
-        self._weights: ModelWeights | None = load_weights(checkpoint, weights, progress)
-        packers = [layer.experts.pack for layer in self._weights.layers] if packs_experts else []
+        self._stream: ExpertStream | None = None
+        if num_expert_slots:
+            assert isinstance(checkpoint, Checkpoint) and not packs_experts
+            self._stream = ExpertStream(checkpoint, weights, num_expert_slots, max_batch_tokens)
+        self._weights: ModelWeights | None = load_weights(checkpoint, weights, progress, self._stream)
+        packers = [
+            layer.experts.pack
+            for layer in self._weights.layers
+            if packs_experts and not isinstance(layer.experts, StreamedExperts)
+        ]
         self._reader = Reader(self._weights.mapped(packs_experts), self._weights.embedding_VD, packers)
         self._frequencies = inverse_frequencies(config.rope, config.head_size)
         self._attention_factor = attention_factor(config.rope)
@@ -113,8 +127,16 @@ class NativeRunner:
     @property
     def scratch_bytes(self) -> int:
         """Memory for a step beside what the kernels keep; 0 when closed."""
-        scratch = self._scratch
-        return 0 if scratch is None else sum(getattr(scratch, name).nbytes for name in scratch.__slots__)
+        scratch, stream = self._scratch, self._stream
+        if scratch is None:
+            return 0
+        own: int = sum(getattr(scratch, name).nbytes for name in scratch.__slots__)
+        return own + (0 if stream is None else stream.scratch_bytes)
+
+    @property
+    def expert_counts(self) -> ExpertCounts | None:
+        """What streaming experts came to so far; None where they are not streamed."""
+        return None if self._stream is None else replace(self._stream.cache.counts)
 
     def allocate_cache(self, num_full_blocks: int, num_window_blocks: int) -> None:
         assert not self._caches, "the cache was allocated before"
@@ -131,7 +153,7 @@ class NativeRunner:
 
     def step(self, batch: Batch) -> StepResult:
         """See Runner. Raises EngineClosed after `close`, EngineError when a row of logits holds NaN,
-        CheckpointError when a file of the checkpoint was shortened meanwhile.
+        CheckpointError when a file of the checkpoint was shortened meanwhile, or an expert cannot be read.
         """
         weights, scratch = self._weights, self._scratch
         if weights is None or scratch is None:
@@ -192,6 +214,9 @@ class NativeRunner:
     def close(self) -> None:
         if self._weights is not None:
             self._reader.close()
+            if self._stream is not None:
+                self._stream.cache.close()
+                self._stream = None
             self._weights = self._scratch = None
             self._adapters = AdapterSet((), self._config, 0)
             self._caches.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,6 +34,7 @@ from harmonium.model import gguf_weights
 from harmonium.model.gguf_weights import GgufExperts, gather_q8
 from harmonium.model.pages import bring_in
 from harmonium.model.reference import TensorSource
+from harmonium.model.streamed_experts import ExpertStream, StreamedExperts
 
 FloatArray = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -188,7 +190,7 @@ class LayerWeights:
     mlp_norm_D: Bits
     router_weight_ED: Bits
     router_bias_E: Bits
-    experts: Experts | GgufExperts
+    experts: Experts | GgufExperts | StreamedExperts
 
     @property
     def dense_bytes(self) -> int:
@@ -239,8 +241,15 @@ class ModelWeights:
         return sum(layer.dense_bytes for layer in self.layers) + self.norm_D.nbytes + self.unembedding.nbytes
 
 
-def load_weights(source: MappedSource, weights: Weights, progress: Progress | None = None) -> ModelWeights:
+def load_weights(
+    source: MappedSource,
+    weights: Weights,
+    progress: Progress | None = None,
+    stream: ExpertStream | None = None,
+) -> ModelWeights:
     """Convert the dense weights; what was converted leaves memory again. The experts' pages are not read yet.
+
+    stream: where experts come from that are not used where they lie; None: they are.
 
     Raises CheckpointError for a tensor that is missing.
     """
@@ -258,10 +267,11 @@ def load_weights(source: MappedSource, weights: Weights, progress: Progress | No
         if layer + 1 < config.num_layers:
             # The disk reads ahead while this layer is converted.
             source.advise(_dense_names(layer + 1), "willneed")
-        layers.append(_load_layer(source, layer, weights))
+        layers.append(_load_layer(source, layer, weights, stream))
         done += layer_bytes
     if progress is not None:
         progress(done, total)
+    _connect(layers)
     table: npt.NDArray[Any] = (
         gguf_weights.embedding(source, EMBEDDING)
         if isinstance(source, GgufCheckpoint)
@@ -277,13 +287,29 @@ def _matrix(source: MappedSource, name: str) -> Bits:
     return source.tensor(name)
 
 
-def _load_experts(source: MappedSource, name: str, weights: Weights) -> Experts | GgufExperts:
+def _connect(layers: Sequence[LayerWeights]) -> None:
+    """Streamed experts guess what the layer after theirs will want."""
+    for layer, following in pairwise(layers):
+        if isinstance(layer.experts, StreamedExperts):
+            layer.experts.guess_with(
+                following.mlp_norm_D, following.router_weight_ED, following.router_bias_E
+            )
+
+
+def _load_experts(
+    source: MappedSource, layer: int, weights: Weights, stream: ExpertStream | None
+) -> Experts | GgufExperts | StreamedExperts:
+    name = f"layers.{layer}.experts"
+    if stream is not None:
+        return StreamedExperts(stream, layer)
     if isinstance(source, GgufCheckpoint):
         return GgufExperts(source, name, weights)
     return Experts(source, name, weights)
 
 
-def _load_layer(source: MappedSource, layer: int, weights: Weights) -> LayerWeights:
+def _load_layer(
+    source: MappedSource, layer: int, weights: Weights, stream: ExpertStream | None
+) -> LayerWeights:
     name = f"layers.{layer}"
 
     def tensor(part: str) -> npt.NDArray[Any]:
@@ -307,7 +333,7 @@ def _load_layer(source: MappedSource, layer: int, weights: Weights) -> LayerWeig
         mlp_norm_D=tensor("mlp_norm.weight"),
         router_weight_ED=tensor("router.weight"),
         router_bias_E=tensor("router.bias"),
-        experts=_load_experts(source, f"{name}.experts", weights),
+        experts=_load_experts(source, layer, weights, stream),
     )
 
 

@@ -124,6 +124,7 @@ class _EngineCollector:
             "harmonium:forced_tokens", "Tokens that the grammar put.", statistics.num_forced_tokens
         )
         yield from _draft_metrics(statistics)
+        yield from _expert_metrics(statistics)
         yield CounterMetricFamily("harmonium:engine_steps", "Steps of the engine.", statistics.num_steps)
         yield GaugeMetricFamily(
             "harmonium:window_blocks_used",
@@ -140,6 +141,23 @@ def _draft_metrics(statistics: EngineStatistics) -> Iterator[Metric]:
         ("num_accepted_tokens", "Guessed tokens that came true.", statistics.num_accepted_draft_tokens),
     ):
         yield CounterMetricFamily(f"vllm:spec_decode_{name}", text, value)
+
+
+def _expert_metrics(statistics: EngineStatistics) -> Iterator[Metric]:
+    """Experts that are streamed from the disk; nothing where they are not."""
+    counts = statistics.experts
+    if counts is None:
+        return
+    for name, text, value in (
+        ("hits", "Experts that a layer needed and that were in memory.", counts.hits),
+        ("late_hits", "Experts that were being read ahead when they were needed.", counts.late_hits),
+        ("misses", "Experts that had to be read.", counts.misses),
+        ("guesses", "Experts read ahead of need.", counts.guesses),
+        ("true_guesses", "Experts read ahead that were then needed.", counts.true_guesses),
+        ("read_bytes", "Read from the disk for experts.", counts.bytes_read),
+        ("wait_seconds", "Time that steps stood still for reads.", counts.wait_seconds),
+    ):
+        yield CounterMetricFamily(f"harmonium:expert_{name}", text, value)
 
 
 def _adapter_gauge(state: ServerState) -> Metric:

@@ -124,7 +124,7 @@ def test_context_beyond_the_models_is_refused_with_both_numbers() -> None:
 
 def test_refusal_gives_what_is_needed_and_what_there_is() -> None:
     with pytest.raises(
-        MemoryPlanError, match=r"needs 1\d\.\d\d GB and this process may use 8\.00 GB.*more memory"
+        MemoryPlanError, match=r"needs 1\d\.\d\d GB and this process may use 8\.00 GB.*streamed from the disk"
     ):
         plan(8 * GB)
 
