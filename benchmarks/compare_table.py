@@ -1,133 +1,128 @@
-"""The rounds of both sides, folded into lines: medians, extremes, ratios, limits."""
+"""The rounds of all sides, folded into lines: medians, extremes, ratios, limits; as JSON and as a table."""
 
 from __future__ import annotations
 
-import argparse
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from compare_peer import Key, Measured
+from compare_rows import Measured, Row
+
+Round = Mapping[str, Measured]
+"""By the name of the side; "ours" is always there."""
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """A line of the table: medians with the extremes, and the median of the rounds' ratios."""
+class Line:
+    """A row over all rounds. values: of each side that gave it; ratios: medians of the rounds' ratios."""
 
-    name: str
-    unit: str
-    ours: float
-    ours_low: float
-    ours_high: float
-    theirs: float | None
-    theirs_low: float | None
-    theirs_high: float | None
-    ratio: float | None
+    row: Row
+    values: dict[str, list[float]]
+    ratios: dict[str, float]
     limit: float | None
 
-
-def comparisons(ours: Sequence[Measured], theirs: Sequence[Measured]) -> list[Comparison]:
-    """One line for each speed, for the time until ready and for the peak memory, over all rounds."""
-    limits = {
-        key: statistics.median([limit_of(measured, key) for measured in ours]) for key in ours[0].speeds
-    }
-    table = []
-    for key in ours[0].speeds:
-        kind, num_tokens, depth = key
-        name = f"prefill {num_tokens:,}" if kind == "prefill" else f"decode at {depth:,}"
-        their_values = [measured.speeds[key] for measured in theirs if key in measured.speeds]
-        table.append(compare(name, "tok/s", [m.speeds[key] for m in ours], their_values, limits[key]))
-    for index, name in enumerate(("ready", "ready again")):
-        their_values = [measured.ready[index] for measured in theirs if measured.ready]
-        table.append(compare(name, "s", [measured.ready[index] for measured in ours], their_values, None))
-    peaks = [[m.peak_resident_bytes / 2**30 for m in side] for side in (ours, theirs)]
-    table.append(compare("peak resident", "GiB", peaks[0], peaks[1], None))
-    return table
-
-
-def limit_of(measured: Measured, key: Key) -> float:
-    rows = measured.about["rows"]
-    return float(next(row["limit"] for row in rows if (row["kind"], row["num_tokens"], row["depth"]) == key))
-
-
-def compare(
-    name: str, unit: str, ours: Sequence[float], theirs: Sequence[float], limit: float | None
-) -> Comparison:
-    """theirs may be empty. A ratio over 1 is in our favor: more speed, or fewer seconds and bytes."""
-    ratio = None
-    if len(theirs) == len(ours):
-        is_speed = unit == "tok/s"
-        pairs = zip(ours, theirs, strict=True)
-        ratio = statistics.median(our / their if is_speed else their / our for our, their in pairs)
-    return Comparison(
-        name,
-        unit,
-        ours=statistics.median(ours),
-        ours_low=min(ours),
-        ours_high=max(ours),
-        theirs=statistics.median(theirs) if theirs else None,
-        theirs_low=min(theirs, default=None),
-        theirs_high=max(theirs, default=None),
-        ratio=ratio,
-        limit=limit,
-    )
+    def to_json(self) -> dict[str, Any]:
+        """limit: what bandwidth and operations allow our formats, from the same run; share: ours of it."""
+        ours = statistics.median(self.values["ours"])
+        return {
+            "name": self.row.name,
+            "kind": self.row.kind,
+            "tokens": self.row.tokens,
+            "depth": self.row.depth,
+            "batch": self.row.batch,
+            "unit": self.row.unit,
+            "sides": {
+                name: {
+                    "median": statistics.median(values),
+                    "low": min(values),
+                    "high": max(values),
+                    "values": values,
+                }
+                for name, values in self.values.items()
+            },
+            "ratios": self.ratios,
+            "limit": self.limit,
+            "share": None if self.limit is None else ours / self.limit,
+        }
 
 
-def report(
-    arguments: argparse.Namespace, rounds: Sequence[tuple[Measured, Measured]], table: Sequence[Comparison]
-) -> dict[str, Any]:
+def lines_of(rounds: Sequence[Round]) -> list[Line]:
+    """One line for each row that we gave, in the order in which it was measured; memory last."""
+    rows = sorted(rounds[0]["ours"].values, key=lambda row: row.kind == "peak")
+    lines = []
+    for row in rows:
+        values: dict[str, list[float]] = {}
+        ratios: dict[str, float] = {}
+        for name in rounds[0]:
+            found = [one[name].values[row] for one in rounds if row in one[name].values]
+            if len(found) == len(rounds):
+                values[name] = found
+        for name in values:
+            if name != "ours":
+                pairs = zip(values["ours"], values[name], strict=True)
+                ratios[name] = statistics.median(row.ratio(ours, theirs) for ours, theirs in pairs)
+        limits = [one["ours"].limits[row] for one in rounds if row in one["ours"].limits]
+        lines.append(Line(row, values, ratios, statistics.median(limits) if limits else None))
+    return lines
+
+
+def machine(rounds: Sequence[Round]) -> dict[str, float]:
+    """What the machine gave in our parts of the run: bytes and int8 operations a second."""
+    bandwidth = [value for one in rounds for value in one["ours"].about.get("read_bandwidth", [])]
+    operations = [value for one in rounds for value in one["ours"].about.get("int8_operations", [])]
+    if not bandwidth:
+        return {}
     return {
+        "read_bandwidth": statistics.median(bandwidth),
+        "read_bandwidth_low": min(bandwidth),
+        "read_bandwidth_high": max(bandwidth),
+        "int8_operations": statistics.median(operations),
+    }
+
+
+def report(settings: dict[str, Any], rounds: Sequence[Round]) -> dict[str, Any]:
+    """What --json prints and --out keeps; benchmarks/plot.py draws it."""
+    measured = ("read_bandwidth", "int8_operations", "ready_seconds")
+    return {
+        "settings": settings,
+        "num_rounds": len(rounds),
         "machine": machine(rounds),
-        "threads": rounds[0][0].about["threads"],
-        "llama_arguments": arguments.llama_arguments,
-        "llama_build": rounds[0][1].about,
-        "rows": [asdict(row) for row in table],
-        "rounds": [{"ours": ours.about, "theirs": speeds_json(theirs)} for ours, theirs in rounds],
+        "sides": {
+            name: {key: value for key, value in side.about.items() if key not in measured}
+            for name, side in rounds[-1].items()
+        },
+        "rows": [line.to_json() for line in lines_of(rounds)],
     }
 
 
-def speeds_json(measured: Measured) -> dict[str, Any]:
-    rows = [
-        {"kind": kind, "num_tokens": tokens, "depth": depth, "tokens_per_second": speed}
-        for (kind, tokens, depth), speed in measured.speeds.items()
-    ]
-    return {
-        "rows": rows,
-        "ready_seconds": measured.ready,
-        "peak_resident_bytes": measured.peak_resident_bytes,
-    }
-
-
-def machine(rounds: Sequence[tuple[Measured, Measured]]) -> dict[str, float]:
-    """What the machine gave in our parts of the run."""
-    abouts = [ours.about for ours, _ in rounds]
-    return {
-        "read_bandwidth": statistics.median(about["read_bandwidth"] for about in abouts),
-        "read_bandwidth_low": min(about["read_bandwidth_low"] for about in abouts),
-        "read_bandwidth_high": max(about["read_bandwidth_high"] for about in abouts),
-        "int8_operations": statistics.median(about["int8_operations"] for about in abouts),
-    }
-
-
-def print_table(rounds: Sequence[tuple[Measured, Measured]], table: Sequence[Comparison]) -> None:
-    limits, about = machine(rounds), rounds[0][0].about
-    print(
-        f"{len(rounds)} rounds, {about['threads']} threads, {about['isa']}, {about['weights']} weights; "
-        f"reads {limits['read_bandwidth'] / 1e9:.1f} GB/s ({limits['read_bandwidth_low'] / 1e9:.1f} to "
-        f"{limits['read_bandwidth_high'] / 1e9:.1f}), "
-        f"{limits['int8_operations'] / 1e9:.0f} G int8 operations/s"
-    )
-    print(
-        "{:<16}{:<6}{:>27}{:>27}{:>8}{:>9}{:>7}".format("", "", "ours", "theirs", "ratio", "limit", "share")
-    )
-    for row in table:
-        ours = f"{row.ours:.2f} ({row.ours_low:.2f}-{row.ours_high:.2f})"
-        theirs = (
-            "-" if row.theirs is None else f"{row.theirs:.2f} ({row.theirs_low:.2f}-{row.theirs_high:.2f})"
+def print_table(record: dict[str, Any]) -> None:
+    sides = record["sides"]
+    ours, limits = sides["ours"], record["machine"]
+    head = f"{record['num_rounds']} rounds, {ours.get('threads', record['settings']['threads'])} threads"
+    if limits:
+        head += (
+            f", {ours['isa']}, {ours['weights']} weights; reads {limits['read_bandwidth'] / 1e9:.1f} GB/s "
+            f"({limits['read_bandwidth_low'] / 1e9:.1f} to {limits['read_bandwidth_high'] / 1e9:.1f}), "
+            f"{limits['int8_operations'] / 1e9:.0f} G int8 operations/s"
         )
-        ratio = "-" if row.ratio is None else f"{row.ratio:.2f}"
-        limit, share = (
-            ("-", "-") if row.limit is None else (f"{row.limit:.2f}", f"{row.ours / row.limit:.0%}")
-        )
-        print(f"{row.name:<16}{row.unit:<6}{ours:>27}{theirs:>27}{ratio:>8}{limit:>9}{share:>7}")
+    print(head)
+    peers = [name for name in sides if name != "ours"]
+    titles = "".join(f"{name:>26}{'ratio':>7}" for name in peers)
+    print(f"{'':<24}{'':<6}{'ours':>26}{titles}{'limit':>9}{'share':>7}")
+    for row in record["rows"]:
+        cells = f"{row['name']:<24}{row['unit']:<6}{_spread(row, 'ours'):>26}"
+        for name in peers:
+            ratio = row["ratios"].get(name)
+            cells += f"{_spread(row, name):>26}{'-' if ratio is None else f'{ratio:.2f}':>7}"
+        limit = "-" if row["limit"] is None else f"{row['limit']:.2f}"
+        share = "-" if row["share"] is None else f"{row['share']:.0%}"
+        print(f"{cells}{limit:>9}{share:>7}")
+
+
+def _spread(row: dict[str, Any], side: str) -> str:
+    """Median (least-greatest)."""
+    found = row["sides"].get(side)
+    if found is None:
+        return "-"
+    return f"{found['median']:.2f} ({found['low']:.2f}-{found['high']:.2f})"
