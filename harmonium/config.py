@@ -31,6 +31,12 @@ streamed: some in memory, the others read when they are needed."""
 Computing = Literal["native", "torch"]
 """What computes a step: our kernels, or PyTorch."""
 
+DeviceSetting = Literal["auto", "cpu", "cuda"]
+"""Where PyTorch computes. auto: on a GPU where it finds one."""
+
+ATTENTION_NAMES = ("auto", "native", "flash3", "flash2", "sdpa", "flex", "eager")
+"""Implementations of attention that can be asked for; model/attention.py says what each needs."""
+
 ISA_NAMES = ("scalar", "avx2", "avx512")
 """Instruction sets with kernels, slowest first."""
 
@@ -82,7 +88,9 @@ class EngineConfig:
         streams if they do not fit.
     expert_memory_bytes: for streamed experts; None: what memory_limit_bytes leaves.
     lora: adapters that requests may ask for.
-    engine: "native", or "torch": PyTorch in float32, slow, needs harmonium[torch] and has no adapters.
+    engine: "native", or "torch": PyTorch, slow on a CPU, needs harmonium[torch] and has no adapters.
+    device: where PyTorch computes; engine "native" is the CPU's.
+    attention: one of ATTENTION_NAMES; docs/attention.md says which runs where.
     stall_seconds: about how long a step with prompt tokens may keep sequences that decode waiting; prompts
         are then computed in smaller pieces. 0: no such limit.
     cache_dir: folder in which computed prefixes are kept, so that they are there after a restart; None: not.
@@ -105,6 +113,8 @@ class EngineConfig:
     cache_dir: str | Path | None = None
     cache_limit_bytes: int = 10 << 30
     engine: Computing = "native"
+    device: DeviceSetting = "auto"
+    attention: str = "auto"
     lora: tuple[LoraSource, ...] = ()
 
     def __post_init__(self) -> None:
@@ -131,6 +141,13 @@ class EngineConfig:
         given = "adapters" if self.lora else "cache_dir" if self.cache_dir is not None else None
         if self.engine == "torch" and given is not None:
             raise ConfigError(f"engine is 'torch' and {given} is given; expected 'native', which has that")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"device is {self.device!r}; expected 'auto', 'cpu' or 'cuda'")
+        if self.engine == "native" and self.device == "cuda":
+            raise ConfigError("device is 'cuda' and engine is 'native', which runs on CPUs; expected 'torch'")
+        if self.attention not in ATTENTION_NAMES:
+            names = ", ".join(ATTENTION_NAMES)
+            raise ConfigError(f"attention is {self.attention!r}; expected one of {names}")
         _check_adapters(self.lora)
         _check_range("max_sequences", self.max_sequences, 1, 4096)
         _check_range("max_batch_tokens", self.max_batch_tokens, 1, 65536)

@@ -17,9 +17,6 @@ from harmonium.kernels.runtime import configure
 from harmonium.model.costs import step_cost
 from harmonium.model.memory import MemoryPlan
 
-ATTENTION = "native paged attention"
-ATTENTION_REASON = "sinks and windows are part of the kernel on every instruction set; nothing falls back"
-
 _NO_LIMIT_BYTES = 1 << 60
 
 _MEASURED_BYTES = 256 << 20
@@ -74,8 +71,9 @@ class InspectReport:
                 "context_length": memory.context_length,
                 "max_batch_tokens": resolved.config.max_batch_tokens,
                 "max_sequences": resolved.config.max_sequences,
-                "attention": ATTENTION,
-                "reasons": {**resolved.reasons, "attention": ATTENTION_REASON},
+                "attention": self.plan.attention.name,
+                "device": asdict(self.plan.attention.device),
+                "reasons": {**resolved.reasons, "attention": self.plan.attention.reason},
             },
             "adapters": {
                 name: {"path": str(files.path), "bytes": files.nbytes, "max_rank": files.max_rank}
@@ -151,7 +149,7 @@ class InspectReport:
                 ("weights", f"{weights[config.weights]}; experts {self.plan.checkpoint.expert_format}"),
                 ("kernels", f"{resolved.isa} ({reasons['isa']}; of {', '.join(hardware.isa)})"),
                 ("threads", f"{resolved.threads} ({reasons['threads']}: {len(hardware.cores)})"),
-                ("attention", f"{ATTENTION} ({ATTENTION_REASON})"),
+                ("attention", str(self.plan.attention)),
                 ("context", f"{memory.context_length:,} tokens"),
                 ("step", f"{config.max_batch_tokens:,} tokens of {config.max_sequences:,} sequences at most"),
             ]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from harmonium import __version__
-from harmonium.config import ISA_NAMES, EngineConfig, LoraSource
+from harmonium.config import ATTENTION_NAMES, ISA_NAMES, EngineConfig, LoraSource
 from harmonium.errors import ConfigError
 from harmonium.eval_options import add_eval
 from harmonium.finetune_options import add_finetune
@@ -200,6 +200,16 @@ def _add_running(parent: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         help="most that streamed experts may take; default: what else is free",
     )
     group.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where --engine torch computes"
+    )
+    group.add_argument(
+        "--attention",
+        choices=ATTENTION_NAMES,
+        default="auto",
+        metavar="NAME",
+        help=f"with --engine torch: {', '.join(ATTENTION_NAMES)} (docs/attention.md)",
+    )
+    group.add_argument(
         "--memory-limit", type=memory_bytes, metavar="SIZE", help="such as 14GiB; default: what is free"
     )
     return group
@@ -367,4 +377,6 @@ def engine_config(arguments: argparse.Namespace) -> EngineConfig:
         cache_dir=arguments.cache_dir,
         cache_limit_bytes=arguments.cache_limit,
         engine="torch" if arguments.engine == "torch" else "native",
+        device=arguments.device,
+        attention=arguments.attention,
     )

@@ -213,6 +213,11 @@ ENGINE = {
             "model/test_lora_torch.py::test_what_was_learned_is_served_and_the_base_beside_it_knows_nothing",
             "finetune/test_merge.py::test_merged_bf16_experts_give_the_adapters_logits",
             "server/test_adapters.py::test_every_api_chooses_the_adapter_by_the_models_name"),
+    "B76": ("model/test_attention.py::test_auto_finds_one_that_runs_and_says_why",
+            "model/test_attention.py::test_forced_one_runs_or_names_what_is_missing",
+            "model/test_torch_backends.py::test_each_counts_the_sink_as_the_plain_formula_does",
+            "model/test_torch_backends.py::test_correction_is_exact_for_any_sink"),
+    "B77": ("model/test_attention.py::test_golden_table",),
     "B86": ("engine/test_local.py::test_chat_whose_reasoning_is_dropped_resumes_near_the_first_difference",
             "engine/test_local.py::test_window_blocks_in_use_stay_bounded"),
 }  # fmt: skip
@@ -220,8 +225,6 @@ ENGINE = {
 FAULTS = {**PARSING, **PROMPTS, **GRAMMARS, **SERVING, **ENGINE}
 
 WAITING = {
-    "B76": "the table of attention implementations by device (issue 6); the native CPU path always has sinks",
-    "B77": "the table of attention implementations by device (issue 6)",
     "B83": "tensor and expert parallel sizes are vLLM's, behind engine/remote.py (issue 6)",
 }
 

@@ -28,6 +28,7 @@ from harmonium.engine.local import LocalEngine
 from harmonium.errors import CheckpointError, ConfigError, MemoryPlanError
 from harmonium.kernels.runtime import configure, supported_isa
 from harmonium.model.adapter_memory import adapter_bytes
+from harmonium.model.attention import NATIVE, AttentionChoice, choose_attention
 from harmonium.model.memory import MemoryPlan, plan_memory
 from harmonium.model.native import NativeRunner
 from harmonium.model.runner import Runner
@@ -44,7 +45,7 @@ class EnginePlan:
     """All that is decided before a weight is read; what `harmonium inspect` prints.
 
     checkpoint: open, headers checked; whoever holds the plan closes it, or hands it to a runner. adapters:
-    the same of LoRA adapters, by their names.
+    the same of LoRA adapters, by their names. attention: what computes it, where, and why.
     """
 
     checkpoint: Checkpoint
@@ -52,6 +53,7 @@ class EnginePlan:
     resolved: Resolved
     memory: MemoryPlan
     adapters: dict[str, LoraFiles]
+    attention: AttentionChoice
 
     def close(self) -> None:
         """Let go of the files. A second call does nothing."""
@@ -75,20 +77,40 @@ def plan_engine(path: str | Path, config: EngineConfig | None = None) -> EngineP
     resolved = resolve(config, hardware)
     if config.engine == "torch" and find_spec("torch") is None:
         raise ConfigError("engine is 'torch' and PyTorch is not installed; pip install 'harmonium[torch]'")
+    attention = _choose_attention(config)
     with ExitStack() as stack:
         checkpoint = stack.enter_context(open_checkpoint(path))
         adapters = _open_adapters(config, checkpoint.config, stack)
-        memory = _plan_memory(checkpoint, resolved, adapters)
+        memory = _plan_memory(checkpoint, resolved, adapters, attention)
         if memory.streams_experts:
             resolved = _with_long_steps(resolved, memory.max_batch_tokens)
         stack.pop_all()
-    return EnginePlan(checkpoint, hardware, resolved, memory, adapters)
+    return EnginePlan(checkpoint, hardware, resolved, memory, adapters, attention)
 
 
-def _plan_memory(checkpoint: Checkpoint, resolved: Resolved, adapters: Mapping[str, LoraFiles]) -> MemoryPlan:
+def _choose_attention(config: EngineConfig) -> AttentionChoice:
+    """Raises ConfigError for a device or an implementation that cannot be had here."""
+    if config.engine == "torch":
+        from harmonium.model.torch_device import probe_case  # here: PyTorch is an extra
+
+        return choose_attention(config.attention, probe_case(config.device))
+    if config.attention not in ("auto", NATIVE.name):
+        raise ConfigError(
+            f"attention is {config.attention!r} and engine is 'native'; expected 'auto' or 'native', "
+            "or engine 'torch'"
+        )
+    return NATIVE
+
+
+def _plan_memory(
+    checkpoint: Checkpoint,
+    resolved: Resolved,
+    adapters: Mapping[str, LoraFiles],
+    attention: AttentionChoice,
+) -> MemoryPlan:
     model, config, limit = checkpoint.config, resolved.config, resolved.memory_limit_bytes
     if config.engine == "torch":
-        return plan_torch_memory(model, checkpoint.expert_format, config, limit)
+        return plan_torch_memory(model, checkpoint.expert_format, config, limit, attention)
     held = adapter_bytes(model, adapters.values(), config.max_batch_tokens)
     return plan_memory(model, checkpoint.expert_format, config, limit, resolved.threads, held)
 
@@ -189,7 +211,9 @@ def _make_runner(plan: EnginePlan, adapters: Sequence[LoraAdapter], progress: Pr
     if config.engine == "torch":
         from harmonium.model.torch_runner import load_torch_runner  # here: PyTorch is an extra
 
-        return load_torch_runner(plan.checkpoint, config.max_batch_tokens, plan.resolved.threads)
+        return load_torch_runner(
+            plan.checkpoint, config.max_batch_tokens, plan.resolved.threads, plan.attention
+        )
     return NativeRunner(
         plan.checkpoint,
         weights=config.weights,
@@ -214,3 +238,4 @@ def _log_plan(plan: EnginePlan) -> None:
         memory.num_window_blocks,
         memory.total_bytes / 1e9,
     )
+    _log.info("attention: %s", plan.attention)

@@ -1,7 +1,8 @@
 """TorchRunner: a step of the model in PyTorch over a paged key/value cache, for `--engine torch`.
 
-The same modules as in training, so that what was trained can be served and compared without an export. It is
-made for being right, not for speed: a sequence's keys are gathered from their blocks in each layer of a step.
+The same modules as in training, so that what was trained can be served and compared without an export. What
+computes attention is model.attention's choice: most implementations take a sequence's keys gathered from
+their blocks in each layer of a step.
 """
 
 from __future__ import annotations
@@ -17,24 +18,33 @@ from harmonium.checkpoint.checkpoint import Checkpoint
 from harmonium.checkpoint.model_config import LayerKind, ModelConfig
 from harmonium.config import CACHE_BLOCK_TOKENS
 from harmonium.errors import EngineClosed
+from harmonium.model.attention import AttentionChoice
 from harmonium.model.batch import Batch, StepResult
 from harmonium.model.sampler import sample_rows
 from harmonium.model.torch import TorchModel
+from harmonium.model.torch_backends import GATHERED
+from harmonium.model.torch_device import torch_device
 
 
 class TorchRunner:
     """Runs a TorchModel. Implements model.runner.Runner.
 
     The cache has the model's dtype and device. checkpoint: closed with the runner, where one is given.
+    attention: one of model.attention's names, which must run on the model's device.
     """
 
     def __init__(
-        self, model: TorchModel, max_batch_tokens: int = 512, checkpoint: Checkpoint | None = None
+        self,
+        model: TorchModel,
+        max_batch_tokens: int = 512,
+        checkpoint: Checkpoint | None = None,
+        attention: str = "eager",
     ) -> None:
         self._model: TorchModel | None = model
         self._config = model.config
         self._max_batch_tokens = max_batch_tokens
         self._checkpoint = checkpoint
+        self._mix = GATHERED[attention]
         self._caches: list[tuple[Tensor, Tensor]] = []
 
     @property
@@ -67,7 +77,8 @@ class TorchRunner:
             attention: Any = layer.self_attn
             query, key, value = attention.project(layer.input_layernorm(hidden_TD), cos_TK2, sin_TK2)  # type: ignore[operator]
             self._store(index, batch, key, value)
-            hidden_TD = hidden_TD + self._attend(index, batch, attention, query)
+            mixed_THK = self._attend(index, batch, attention.sinks, query)
+            hidden_TD = hidden_TD + attention.o_proj(mixed_THK.flatten(1))
             hidden_TD = hidden_TD + layer.mlp(layer.post_attention_layernorm(hidden_TD))[0]  # type: ignore[operator]
         hidden_RD = model.model.norm(hidden_TD.index_select(0, _ids(batch.logit_row_R, device)))
         logits_RV = np.ascontiguousarray(model.lm_head(hidden_RD).float().cpu().numpy())
@@ -89,18 +100,16 @@ class TorchRunner:
         for cache, new in zip(self._caches[index], (key_TGK, value_TGK), strict=True):
             cache.flatten(0, 1).index_copy_(0, rows, new)
 
-    def _attend(self, index: int, batch: Batch, attention: Any, query_THK: Tensor) -> Tensor:
-        """Each sequence against its own blocks, those before the window left out: [T, D]."""
+    def _attend(self, index: int, batch: Batch, sink_H: Tensor, query_THK: Tensor) -> Tensor:
+        """Each sequence against its own blocks, those before the window left out: [T, H, K]."""
         kind = self._config.layer_kinds[index]
         table_SB, device = _block_table(batch, kind), query_THK.device
+        window, scale = self._config.window if kind == "window" else 0, self._config.head_size**-0.5
         answers = []
         for s, context in enumerate(batch.context_length_S.tolist()):
             rows = slice(int(batch.query_start_S1[s]), int(batch.query_start_S1[s + 1]))
-            position_Q = batch.position_T[rows].astype(np.int64)
-            first_Q = np.zeros_like(position_Q)
-            if kind == "window":
-                first_Q = np.maximum(0, position_Q - self._config.window + 1)
-            first_block = int(first_Q[0]) // CACHE_BLOCK_TOKENS
+            first_seen = max(0, int(batch.position_T[rows.start]) - window + 1) if window else 0
+            first_block = first_seen // CACHE_BLOCK_TOKENS
             block_B = table_SB[s, first_block : -(-context // CACHE_BLOCK_TOKENS)]
             assert block_B.min() >= 0, "a token of the context has no block"
             blocks, offset = _ids(block_B, device), first_block * CACHE_BLOCK_TOKENS
@@ -109,8 +118,7 @@ class TorchRunner:
                 cache.index_select(0, blocks).flatten(0, 1)[: context - offset]
                 for cache in self._caches[index]
             )
-            first, last = _ids(first_Q - offset, device), _ids(position_Q - offset, device)
-            answers.append(attention.mix(query_THK[rows], key, value, first, last))
+            answers.append(self._mix(query_THK[rows], key, value, sink_H, window, scale))
         return torch.cat(answers)
 
 
@@ -122,8 +130,10 @@ def _ids(array: npt.NDArray[Any], device: torch.device) -> Tensor:
     return torch.from_numpy(array.astype(np.int64)).to(device)
 
 
-def load_torch_runner(checkpoint: Checkpoint, max_batch_tokens: int, threads: int) -> TorchRunner:
-    """A checkpoint in float32 on the CPU; MXFP4 experts stay in its map. Sets PyTorch's threads."""
+def load_torch_runner(
+    checkpoint: Checkpoint, max_batch_tokens: int, threads: int, attention: AttentionChoice
+) -> TorchRunner:
+    """A checkpoint on the chosen device; MXFP4 experts stay in its map on a CPU. Sets PyTorch's threads."""
     torch.set_num_threads(threads)
-    model = TorchModel.from_checkpoint(checkpoint).requires_grad_(False)
-    return TorchRunner(model, max_batch_tokens, checkpoint)
+    model = TorchModel.from_checkpoint(checkpoint, getattr(torch, attention.dtype)).requires_grad_(False)
+    return TorchRunner(model.to(torch_device(attention.device)), max_batch_tokens, checkpoint, attention.name)
