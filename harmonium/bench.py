@@ -207,7 +207,9 @@ class _Bench:
         ]
         limits.measure()
         chunk = self._config.max_batch_tokens
-        cost = prefill_cost(self._model, self._config.weights, num_tokens, chunk, self._experts)
+        cost = prefill_cost(
+            self._model, self._config.weights, num_tokens, chunk, self._experts, self._config.kv_cache
+        )
         limit, bound = limits.row_limit(cost, num_tokens)
         return BenchRow(
             "prefill", num_tokens, 0, 1, num_tokens / 2, *_median_low_high(speeds), limit=limit, bound=bound
@@ -236,6 +238,7 @@ class _Bench:
             num_logit_rows=batch,
             context=context,
             experts=self._experts,
+            kv_cache=self._config.kv_cache,
         )
         limit, bound = limits.row_limit(cost, batch)
         speeds = [window.tokens_per_second for window in windows]

@@ -21,6 +21,9 @@ from harmonium.errors import ConfigError
 Weights = Literal["int8", "bf16"]
 """How the dense weights are held. int8: a scale per 32, activations int8 too. bf16: as in the checkpoint."""
 
+KvCache = Literal["bf16", "int8"]
+"""How keys and values are held. int8: with a bf16 scale per 32, a little over half the memory."""
+
 Speculation = Literal["ngram", "off"]
 """How tokens are guessed ahead. ngram: what followed the same tokens earlier in the text."""
 
@@ -91,6 +94,7 @@ class EngineConfig:
     engine: "native", or "torch": PyTorch, slow on a CPU, needs harmonium[torch] and has no adapters.
     device: where PyTorch computes; engine "native" is the CPU's.
     attention: one of ATTENTION_NAMES; docs/attention.md says which runs where.
+    kv_cache: "bf16", or "int8" for nearly twice the context in the same memory, less exactly.
     stall_seconds: about how long a step with prompt tokens may keep sequences that decode waiting; prompts
         are then computed in smaller pieces. 0: no such limit.
     cache_dir: folder in which computed prefixes are kept, so that they are there after a restart; None: not.
@@ -109,6 +113,7 @@ class EngineConfig:
     speculation: Speculation = "ngram"
     experts: Experts = "auto"
     expert_memory_bytes: int | None = None
+    kv_cache: KvCache = "bf16"
     stall_seconds: float = 0.4
     cache_dir: str | Path | None = None
     cache_limit_bytes: int = 10 << 30
@@ -134,11 +139,14 @@ class EngineConfig:
             raise ConfigError(
                 f"expert_memory_bytes is given and experts is {self.experts!r}; expected 'streamed' or 'auto'"
             )
+        if self.kv_cache not in ("bf16", "int8"):
+            raise ConfigError(f"kv_cache is {self.kv_cache!r}; expected 'bf16' or 'int8'")
         if not isinstance(self.prefix_cache, bool):
             raise ConfigError(f"prefix_cache is {self.prefix_cache!r}; expected True or False")
         if self.engine not in ("native", "torch"):
             raise ConfigError(f"engine is {self.engine!r}; expected 'native' or 'torch'")
         given = "adapters" if self.lora else "cache_dir" if self.cache_dir is not None else None
+        given = given or ("kv_cache 'int8'" if self.kv_cache == "int8" else None)
         if self.engine == "torch" and given is not None:
             raise ConfigError(f"engine is 'torch' and {given} is given; expected 'native', which has that")
         if self.device not in ("auto", "cpu", "cuda"):

@@ -19,6 +19,8 @@ from harmonium.model.memory import MemoryPlan
 
 _NO_LIMIT_BYTES = 1 << 60
 
+_CACHES = {"bf16": "keys and values bf16", "int8": "keys and values int8 (a scale per 32)"}
+
 _MEASURED_BYTES = 256 << 20
 """Beyond any cache."""
 
@@ -66,6 +68,7 @@ class InspectReport:
             "machine": asdict(self.plan.hardware),
             "run": {
                 "weights": resolved.config.weights,
+                "kv_cache": resolved.config.kv_cache,
                 "isa": resolved.isa,
                 "threads": resolved.threads,
                 "context_length": memory.context_length,
@@ -150,7 +153,7 @@ class InspectReport:
                 ("kernels", f"{resolved.isa} ({reasons['isa']}; of {', '.join(hardware.isa)})"),
                 ("threads", f"{resolved.threads} ({reasons['threads']}: {len(hardware.cores)})"),
                 ("attention", str(self.plan.attention)),
-                ("context", f"{memory.context_length:,} tokens"),
+                ("context", f"{memory.context_length:,} tokens; {_CACHES[config.kv_cache]}"),
                 ("step", f"{config.max_batch_tokens:,} tokens of {config.max_sequences:,} sequences at most"),
             ]
         )
@@ -187,6 +190,7 @@ def _speed_limit(plan: EnginePlan) -> SpeedLimit | None:
         num_logit_rows=1,
         context=1024,
         experts=checkpoint.expert_format,
+        kv_cache=resolved.config.kv_cache,
     )
     data = np.ones(_MEASURED_BYTES, np.uint8)
     return SpeedLimit(cost.bytes, measure_read_bandwidth(data, repeats=3))

@@ -210,6 +210,12 @@ def _add_running(parent: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         help=f"with --engine torch: {', '.join(ATTENTION_NAMES)} (docs/attention.md)",
     )
     group.add_argument(
+        "--kv-cache",
+        choices=("bf16", "int8"),
+        default="bf16",
+        help="keys and values: int8 takes half the memory, for long contexts, and is less exact",
+    )
+    group.add_argument(
         "--memory-limit", type=memory_bytes, metavar="SIZE", help="such as 14GiB; default: what is free"
     )
     return group
@@ -373,6 +379,7 @@ def engine_config(arguments: argparse.Namespace) -> EngineConfig:
         lora=tuple(map(lora_source, getattr(arguments, "lora", ()))),
         experts=arguments.experts,
         expert_memory_bytes=arguments.expert_memory,
+        kv_cache=arguments.kv_cache,
         stall_seconds=arguments.stall_seconds,
         cache_dir=arguments.cache_dir,
         cache_limit_bytes=arguments.cache_limit,

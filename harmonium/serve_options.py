@@ -130,7 +130,7 @@ class _Instead(argparse.Action):
         parser.error(f"{option_string} is another server's; {self.const}")
 
 
-_WITHOUT_EFFECT = (
+_WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], int, str], ...] = (
     (("--trust-remote-code", "--trust_remote_code"), 0, "no code comes with a checkpoint here"),
     (("--enable-auto-tool-choice",), 0, "tools are always understood"),
     (("--enable-prefix-caching", "--no-enable-log-requests", "--disable-log-requests"), 0, "so it is anyway"),
@@ -141,7 +141,7 @@ _WITHOUT_EFFECT = (
     (("--enable-lora",), 0, "--lora NAME=DIR says which adapters are served"),
     (("--max-lora-rank", "--max-loras", "--max-cpu-loras"), 1, "all adapters given are served at any rank"),
 )
-_INSTEAD = (
+_INSTEAD: tuple[tuple[tuple[str, ...], str], ...] = (
     (("--gpu-memory-utilization",), "use --memory-limit SIZE"),
     (("--quantization", "-q"), "use --weights int8 or bf16; the experts stay as the checkpoint has them"),
     (("--tokenizer", "--chat-template"), "the vocabulary and the format are built in"),
@@ -149,6 +149,7 @@ _INSTEAD = (
     (("-np", "--parallel"), "use --max-concurrency N"),
     (("--alias",), "use --served-model-name NAME"),
     (("-m", "--model"), "give the folder of the checkpoint as the word behind `harmonium serve`"),
+    (("--kv-cache-dtype", "--cache-type-k", "-ctk", "--cache-type-v", "-ctv"), "use --kv-cache bf16 or int8"),
     (("--max-num-batched-tokens",), "use --max-batch-tokens N"),
 )
 

@@ -1,5 +1,5 @@
 // Attention of one tile of queries and the joining of partial results (native/ops.h: AttentionTile, AttentionMerge).
-// Included after ops_body.h, under the same rules.
+// Included after ops_body.h and attention_cache.h, under the same rules.
 //
 // Rows are (token, query head) pairs: row = token * R + head. Scores and values are two products of one kind,
 // C[kRows, N] = A[kRows, depth] . B[depth, N] with B in float32 scratch: keys transposed (lanes are positions) for the
@@ -19,21 +19,21 @@ struct Plain {
   void beside(std::int64_t) const {}
 };
 
-// Asks for the memory of the next chunk, a line of keys and one of values a step: spread over the arithmetic, these
-// requests wait for memory while the sums go on. The memory is that of kPair positions if they lie in one block.
+// Asks for the memory of the next chunk, a little each step: spread over the arithmetic, these requests wait for memory
+// while the sums go on. The memory is that of kPair positions, from `position` of the chunk, if they lie in one block.
+template <typename Chunk>
 struct Ahead : Plain {
-  const std::uint16_t *key, *value;
-  void beside(std::int64_t k) const {
-    prefetch(key + k * kPair);
-    prefetch(value + k * kPair);
-  }
+  const Chunk* chunk;
+  std::int64_t position;
+  void beside(std::int64_t k) const { chunk->ask(position, k); }
 };
 
-// Values as they lie in the cache.
+// Values as they lie in the cache, from position `low` of the chunk.
+template <typename Chunk>
 struct Direct {
-  const std::uint16_t* b;
-  const std::int64_t* place;
-  V at(std::int64_t k, std::int64_t lane) const { return load_bf16(b + place[k] + lane); }
+  const Chunk* chunk;
+  std::int64_t low, column;
+  V at(std::int64_t k, std::int64_t lane) const { return chunk->value(low + k, column + lane); }
   void beside(std::int64_t) const {}
 };
 
@@ -73,6 +73,8 @@ struct Work {
   float* top;                             // [padded_rows] highest score so far
   float* sum;                             // [padded_rows] sum of exp(score - top)
   float* score;                           // [kRows, kKeyChunk]
+  float* key_scale;                       // [ceil(K / kScaleGroup), kKeyChunk], of an int8 cache
+  float* value_scale;
   float* key;                             // [K, kKeyChunk]
   float* value;                           // [kKeyChunk, width]
 };
@@ -89,6 +91,8 @@ inline Work carve(const AttentionTile& t) {
   w.top = p, p += round_up(w.padded_rows, 16);
   w.sum = p, p += round_up(w.padded_rows, 16);
   w.score = p, p += kRows * kKeyChunk;
+  w.key_scale = p, p += scale_groups(t.head_size) * kKeyChunk;
+  w.value_scale = p, p += scale_groups(t.head_size) * kKeyChunk;
   w.key = p, p += t.head_size * kKeyChunk;
   w.value = p;
   return w;
@@ -111,39 +115,30 @@ inline void start(const AttentionTile& t, const Work& w) {
   }
 }
 
-// Where the positions of a chunk lie: elements from the start of the cache to key (or value) i.
-struct Places {
-  std::int64_t count;
-  std::int64_t at[kKeyChunk];
-};
-
-inline void find_places(const AttentionTile& t, std::int64_t begin, Places& places) {
-  places.count = smaller(kKeyChunk, t.end - begin);
+inline void find_rows(const AttentionTile& t, std::int64_t begin, Rows& rows) {
+  rows.count = smaller(kKeyChunk, t.end - begin);
   std::int64_t block = begin / t.block_size, offset = begin % t.block_size;
-  for (std::int64_t i = 0; i < places.count; ++block, offset = 0) {
-    const std::int64_t run = smaller(t.block_size - offset, places.count - i);
-    std::int64_t at = t.block[block] * t.block_stride + offset * t.head_size;
-    for (const std::int64_t end = i + run; i < end; ++i, at += t.head_size) places.at[i] = at;
+  for (std::int64_t i = 0; i < rows.count; ++block, offset = 0) {
+    const std::int64_t run = smaller(t.block_size - offset, rows.count - i);
+    std::int64_t at = t.block[block] * t.block_rows + offset;
+    for (const std::int64_t end = i + run; i < end; ++i) rows.at[i] = at++;
   }
 }
 
 // Convert the keys of a chunk into scratch, and the values unless they are used as they lie; lanes past its count
 // hold some key.
-inline void load_chunk(const AttentionTile& t, const Work& w, const Places& places) {
-  const std::uint16_t* key[kKeyChunk];
-  const std::int64_t K = t.head_size, count = places.count;
-  for (std::int64_t i = 0; i < count; ++i) key[i] = t.key + places.at[i];
+template <typename Chunk>
+inline void load_chunk(const AttentionTile& t, const Work& w, const Chunk& chunk) {
+  const std::int64_t K = t.head_size, count = chunk.rows->count;
+  chunk.load_scales();
   for (std::int64_t i = 0; i < (w.is_direct ? 0 : count); ++i) {
-    const std::uint16_t* value = t.value + places.at[i];
     float* out = w.value + i * w.width;
     std::int64_t k = 0;
-    for (; k + kLanes <= K; k += kLanes) store(out + k, load_bf16(value + k));
-    if (k < K) store(out + k, load_bf16_n(value + k, K - k)), k += kLanes;
+    for (; k + kLanes <= K; k += kLanes) store(out + k, chunk.value(i, k));
+    if (k < K) store(out + k, chunk.value_n(i, k, K - k)), k += kLanes;
     for (; k < w.width; k += kLanes) store(out + k, zero());
   }
-  const std::int64_t padded = round_up(count, kPair);
-  for (std::int64_t i = count; i < padded; ++i) key[i] = key[0];
-  for (std::int64_t i = 0; i < padded; i += kLanes) transpose_keys(key + i, K, w.key + i);
+  chunk.load_keys(round_up(count, kPair), w.key);
 }
 
 // Turn one row of scores [n0, n1) into exp(score - top), and update its maximum and sum. Returns the factor for what
@@ -169,13 +164,14 @@ inline float weigh_row(float* score, std::int64_t n0, std::int64_t n1, float* to
 
 // score = query . key for kRows rows and the chunk's positions [n0, n1). The first rows of a tile bring in the next
 // chunk: its blocks lie anywhere, and the processor's own prefetch stops at the end of a page.
+template <typename Chunk>
 inline void score_rows(const AttentionTile& t, const Work& w, std::int64_t row, std::int64_t n0, std::int64_t n1,
-                       const Places& next) {
+                       const Chunk& next) {
   const float* query = w.query + row * t.head_size;
   for (std::int64_t n = n0; n < n1; n += kPair) {
     const Plain keys = {w.key + n, kKeyChunk};
-    if (row == 0 && n < next.count) {
-      const Ahead ahead = {keys, t.key + next.at[n], t.value + next.at[n]};
+    if (row == 0 && n < next.rows->count) {
+      const Ahead<Chunk> ahead = {keys, &next, n};
       product_block<false>(query, t.head_size, ahead, t.head_size, w.score + n, kKeyChunk, nullptr);
     } else {
       product_block<false>(query, t.head_size, keys, t.head_size, w.score + n, kKeyChunk, nullptr);
@@ -184,12 +180,13 @@ inline void score_rows(const AttentionTile& t, const Work& w, std::int64_t row, 
 }
 
 // out = out * factor + weight . value for kRows rows and the chunk's positions [low, high].
-inline void add_values(const AttentionTile& t, const Work& w, std::int64_t row, std::int64_t low, std::int64_t high,
-                       const Places& places, const float* factor) {
+template <typename Chunk>
+inline void add_values(const Work& w, std::int64_t row, std::int64_t low, std::int64_t high, const Chunk& chunk,
+                       const float* factor) {
   for (std::int64_t n = 0; n < w.width; n += kPair) {
     float* out = w.out + row * w.width + n;
     if (w.is_direct) {
-      const Direct values = {t.value + n, places.at + low};
+      const Direct<Chunk> values = {&chunk, low, n};
       product_block<true>(w.score + low, kKeyChunk, values, high + 1 - low, out, w.width, factor);
     } else {
       const Plain values = {w.value + low * w.width + n, w.width};
@@ -199,9 +196,10 @@ inline void add_values(const AttentionTile& t, const Work& w, std::int64_t row, 
 }
 
 // kRows rows, from row `row`, against the chunk at position `begin`.
+template <typename Chunk>
 inline void attend_rows(const AttentionTile& t, const Work& w, std::int64_t row, std::int64_t begin,
-                        const Places& places, const Places& next) {
-  const std::int64_t count = places.count;
+                        const Chunk& chunk, const Chunk& next) {
+  const std::int64_t count = chunk.rows->count;
   const std::int64_t last_row = smaller(row + kRows, w.rows) - 1;
   const std::int64_t window = t.window ? t.window : t.first_position + t.num_tokens;
   // What the rows may see, relative to begin: the first row's window to the last row's own position.
@@ -220,7 +218,7 @@ inline void attend_rows(const AttentionTile& t, const Work& w, std::int64_t row,
     for (std::int64_t n = last; n < n1; ++n) score[n] = -__builtin_inff();
     factor[r] = weigh_row(score, n0, n1, w.top + row + r, w.sum + row + r);
   }
-  add_values(t, w, row, low, high, places, factor);
+  add_values(w, row, low, high, chunk, factor);
 }
 
 // out = value / (sum + exp(sink - top)), written so that neither exponent is positive.
@@ -250,20 +248,27 @@ inline void finish(const AttentionTile& t, const Work& w) {
   }
 }
 
-void attend(const AttentionTile& t) {
+template <typename Chunk>
+inline void attend_chunks(const AttentionTile& t) {
   const Work w = carve(t);
-  Places places[2];
-  find_places(t, t.begin, places[0]);
+  Rows rows[2];
+  const Chunk chunks[2] = {Chunk(t, rows, w.key_scale, w.value_scale), Chunk(t, rows + 1, w.key_scale, w.value_scale)};
+  find_rows(t, t.begin, rows[0]);
   start(t, w);
   int now = 0;
   for (std::int64_t begin = t.begin; begin < t.end; begin += kKeyChunk, now = 1 - now) {
-    find_places(t, smaller(begin + kKeyChunk, t.end), places[1 - now]);
-    load_chunk(t, w, places[now]);
+    find_rows(t, smaller(begin + kKeyChunk, t.end), rows[1 - now]);
+    load_chunk(t, w, chunks[now]);
     for (std::int64_t row = 0; row < w.padded_rows; row += kRows) {
-      attend_rows(t, w, row, begin, places[now], places[1 - now]);
+      attend_rows(t, w, row, begin, chunks[now], chunks[1 - now]);
     }
   }
   finish(t, w);
+}
+
+void attend(const AttentionTile& t) {
+  if (t.key_scale) attend_chunks<Int8Chunk>(t);
+  else attend_chunks<Bf16Chunk>(t);
 }
 
 void merge(const AttentionMerge& m) {

@@ -24,6 +24,9 @@ inline void require(bool ok, const std::string& message) {
   if (!ok) throw nb::value_error(message.c_str());
 }
 
+// Raised, with INTERFACE of harmonium/kernels/interface.py, whenever a bound function's arguments change.
+constexpr int kInterface = 1;
+
 void bind_threads(nb::module_& m);
 void bind_matmul(nb::module_& m);
 void bind_moe(nb::module_& m);

@@ -84,18 +84,35 @@ const float* short_vector(const ReadOnly& array, const char* name, std::int64_t 
   return buffer.data();
 }
 
-KeyValueCache check_cache(const Array& key, const Array& value) {
+using Scales = std::optional<Array>;
+
+std::uint16_t* check_scales(const Scales& scales, const char* name, const KeyValueCache& cache) {
+  require(scales.has_value(), std::string("key_cache is int8 and ") + name + " is None; expected its scales");
+  return output<std::uint16_t>(*scales, name, "uint16 (bf16 bits)",
+                               {cache.num_blocks, cache.num_kv_heads, cache.block_size, scale_groups(cache.head_size)});
+}
+
+KeyValueCache check_cache(const Array& key, const Array& value, const Scales& key_scale, const Scales& value_scale) {
   KeyValueCache cache;
   cache.num_blocks = size_of(key, "key_cache", 4, 0);
   cache.num_kv_heads = static_cast<std::int64_t>(key.shape(1));
   cache.block_size = static_cast<std::int64_t>(key.shape(2));
   cache.head_size = static_cast<std::int64_t>(key.shape(3));
   const std::vector<std::int64_t> shape = {cache.num_blocks, cache.num_kv_heads, cache.block_size, cache.head_size};
-  cache.key = output<std::uint16_t>(key, "key_cache", "uint16 (bf16 bits)", shape);
-  cache.value = output<std::uint16_t>(value, "value_cache", "uint16 (bf16 bits)", shape);
+  const bool is_int8 = key.dtype() == nb::dtype<std::int8_t>();
+  if (is_int8) {
+    cache.key = output<std::int8_t>(key, "key_cache", "int8", shape);
+    cache.value = output<std::int8_t>(value, "value_cache", "int8", shape);
+  } else {
+    cache.key = output<std::uint16_t>(key, "key_cache", "uint16 (bf16 bits) or int8", shape);
+    cache.value = output<std::uint16_t>(value, "value_cache", "uint16 (bf16 bits)", shape);
+  }
   require(cache.num_kv_heads > 0 && cache.block_size > 0, "key_cache has shape " + shape_text(key) + "; expected no 0");
   require(cache.head_size > 0 && cache.head_size % 8 == 0,
           "key_cache has head size " + text(cache.head_size) + "; expected a multiple of 8");
+  require(is_int8 || !(key_scale || value_scale), "key_scale or value_scale is given; a bf16 cache has none");
+  cache.key_scale = is_int8 ? check_scales(key_scale, "key_scale", cache) : nullptr;
+  cache.value_scale = is_int8 ? check_scales(value_scale, "value_scale", cache) : nullptr;
   return cache;
 }
 
@@ -117,8 +134,9 @@ void bound_rms_norm(const ReadOnly& x, const ReadOnly& weight, float eps, const 
 }
 
 void bound_rope_and_store(const Array& qkv, const ReadOnly& cos, const ReadOnly& sin, const Array& key_cache,
-                          const Array& value_cache, const ReadOnly& slot, std::int64_t num_heads) {
-  const KeyValueCache cache = check_cache(key_cache, value_cache);
+                          const Array& value_cache, const ReadOnly& slot, std::int64_t num_heads,
+                          const Scales& key_scale, const Scales& value_scale) {
+  const KeyValueCache cache = check_cache(key_cache, value_cache, key_scale, value_scale);
   check_heads(num_heads, cache.num_kv_heads);
   const std::int64_t T = size_of(qkv, "qkv", 2, 0), half = cache.head_size / 2;
   auto* qkv_data = output<float>(qkv, "qkv", "float32", {T, (num_heads + 2 * cache.num_kv_heads) * cache.head_size});
@@ -158,8 +176,9 @@ void check_sequence(const AttentionBatch& b, const KeyValueCache& cache, std::in
 
 void bound_attention(const ReadOnly& qkv, const Array& key_cache, const Array& value_cache, const ReadOnly& block,
                      const ReadOnly& query_start, const ReadOnly& context_length, const ReadOnly& sink,
-                     std::int64_t window, float scale, const Array& out) {
-  const KeyValueCache cache = check_cache(key_cache, value_cache);
+                     std::int64_t window, float scale, const Array& out, const Scales& key_scale,
+                     const Scales& value_scale) {
+  const KeyValueCache cache = check_cache(key_cache, value_cache, key_scale, value_scale);
   AttentionBatch b;
   b.num_heads = size_of(sink, "sink", 1, 0);
   check_heads(b.num_heads, cache.num_kv_heads);
@@ -228,10 +247,11 @@ void bound_gather_rows(const ReadOnly& table, const ReadOnly& token_id, const Ar
 void bind_ops(nb::module_& m) {
   m.def("rms_norm", &bound_rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("eps"), nb::arg("out"));
   m.def("rope_and_store", &bound_rope_and_store, nb::arg("qkv"), nb::arg("cos"), nb::arg("sin"), nb::arg("key_cache"),
-        nb::arg("value_cache"), nb::arg("slot"), nb::arg("num_heads"));
+        nb::arg("value_cache"), nb::arg("slot"), nb::arg("num_heads"), nb::arg("key_scale").none() = nb::none(),
+        nb::arg("value_scale").none() = nb::none());
   m.def("attention", &bound_attention, nb::arg("qkv"), nb::arg("key_cache"), nb::arg("value_cache"), nb::arg("block"),
         nb::arg("query_start"), nb::arg("context_length"), nb::arg("sink"), nb::arg("window"), nb::arg("scale"),
-        nb::arg("out"));
+        nb::arg("out"), nb::arg("key_scale").none() = nb::none(), nb::arg("value_scale").none() = nb::none());
   m.def("attention_scratch_bytes", &bound_scratch_bytes, nb::arg("num_heads"), nb::arg("num_kv_heads"),
         nb::arg("head_size"), nb::arg("num_tokens"), nb::arg("num_sequences"), nb::arg("max_context"),
         nb::arg("num_threads"));

@@ -48,6 +48,7 @@ void bind_threads(nb::module_& m) {
 }  // namespace harmonium
 
 NB_MODULE(_native, m) {
+  m.attr("interface") = harmonium::kInterface;
   harmonium::bind_threads(m);
   harmonium::bind_matmul(m);
   harmonium::bind_moe(m);

@@ -117,9 +117,13 @@ AttentionTile make_tile(const AttentionBatch& batch, const KeyValueCache& cache,
   t.num_tokens = plan.num_tokens;
   t.group_size = R;
   t.head_size = K;
-  t.key = cache.key + kv_head * cache.block_size * K;
-  t.value = cache.value + kv_head * cache.block_size * K;
-  t.block_stride = G * cache.block_size * K;
+  const bool is_int8 = cache.key_scale != nullptr;
+  const std::int64_t first_row = kv_head * cache.block_size, head_bytes = first_row * K * (is_int8 ? 1 : 2);
+  t.key = static_cast<const char*>(cache.key) + head_bytes;
+  t.value = static_cast<const char*>(cache.value) + head_bytes;
+  t.key_scale = is_int8 ? cache.key_scale + first_row * scale_groups(K) : nullptr;
+  t.value_scale = is_int8 ? cache.value_scale + first_row * scale_groups(K) : nullptr;
+  t.block_rows = G * cache.block_size;
   t.block_size = cache.block_size;
   t.block = batch.block + plan.sequence * batch.blocks_per_sequence;
   t.first_position = plan.first_position;
@@ -182,6 +186,13 @@ void choose_experts(const float* logit, std::int64_t E, std::int64_t A, std::int
   ops.softmax(expert_weight, A);
 }
 
+// Write K floats to a row of a cache.
+void store_head(const OpsTable& ops, const float* x, std::int64_t K, std::int64_t row, void* cache,
+                std::uint16_t* scale) {
+  if (scale) ops.quantize(x, K, static_cast<std::int8_t*>(cache) + row * K, scale + row * scale_groups(K));
+  else ops.narrow(x, K, static_cast<std::uint16_t*>(cache) + row * K);
+}
+
 }  // namespace
 
 void rms_norm(const float* x, const float* weight, float eps, std::int64_t T, std::int64_t D, float* out) {
@@ -199,10 +210,10 @@ void rope_and_store(float* qkv, const float* cos, const float* sin, const KeyVal
     for (std::int64_t t = begin; t < end; ++t) {
       float* row = qkv + t * (H + 2 * G) * K;
       ops.rotate(row, cos + t * (K / 2), sin + t * (K / 2), H + G, K);
-      const std::int64_t at = slot[t] / P * G * P * K + slot[t] % P * K;
+      const std::int64_t at = slot[t] / P * G * P + slot[t] % P;
       for (std::int64_t g = 0; g < G; ++g) {
-        ops.narrow(row + (H + g) * K, K, cache.key + at + g * P * K);
-        ops.narrow(row + (H + G + g) * K, K, cache.value + at + g * P * K);
+        store_head(ops, row + (H + g) * K, K, at + g * P, cache.key, cache.key_scale);
+        store_head(ops, row + (H + G + g) * K, K, at + g * P, cache.value, cache.value_scale);
       }
     }
   });
@@ -212,7 +223,7 @@ std::int64_t attention_tile_floats(std::int64_t group_size, std::int64_t head_si
   // Rows are padded to at most 8, the width to at most 32, and arrays to 16 (ops_body.h: carve).
   const std::int64_t rows = ceil_div(tile_tokens(group_size) * group_size, 8) * 8;
   const std::int64_t width = ceil_div(head_size, 32) * 32;
-  return rows * (head_size + width + 2) + 4 * 16 + kKeyChunk * (8 + head_size + width);
+  return rows * (head_size + width + 2) + 4 * 16 + kKeyChunk * (8 + head_size + width + 2 * scale_groups(head_size));
 }
 
 void attention(const AttentionBatch& batch, const KeyValueCache& cache) {

@@ -12,10 +12,16 @@ constexpr std::int64_t kKeyChunk = 64;
 constexpr std::int64_t kTileRows = 128;
 constexpr std::int64_t kMaxTileTokens = 32;
 
-// One key/value cache of one layer: [N, G, P, K] bf16.
+// Values of a head that share a scale in an int8 cache: elements 0 to 31, 32 to 63 and so on; the last may be fewer.
+constexpr std::int64_t kScaleGroup = 32;
+static inline std::int64_t scale_groups(std::int64_t head_size) { return (head_size + kScaleGroup - 1) / kScaleGroup; }
+
+// One key/value cache of one layer: [N, G, P, K] bf16; or int8 with bf16 scales [N, G, P, ceil(K / kScaleGroup)].
 struct KeyValueCache {
-  std::uint16_t* key;
-  std::uint16_t* value;
+  void* key;
+  void* value;
+  std::uint16_t* key_scale;  // null: bf16
+  std::uint16_t* value_scale;
   std::int64_t num_blocks, num_kv_heads, block_size, head_size;
 };
 
@@ -26,9 +32,11 @@ struct AttentionTile {
   std::int64_t num_tokens;        // at most kMaxTileTokens
   std::int64_t group_size;        // R
   std::int64_t head_size;         // K
-  const std::uint16_t* key;       // this kv head in block 0
-  const std::uint16_t* value;
-  std::int64_t block_stride;      // elements from a block to the next: G*P*K
+  const void* key;                // this kv head in block 0: bf16, or int8 where there are scales
+  const void* value;
+  const std::uint16_t* key_scale;  // null: bf16
+  const std::uint16_t* value_scale;
+  std::int64_t block_rows;        // rows of K elements from a block to the next: G*P
   std::int64_t block_size;        // P
   const std::int32_t* block;      // the sequence's block table
   std::int64_t first_position;    // of the tile's first token; the others follow
@@ -61,6 +69,9 @@ struct OpsTable {
   void (*rotate)(float* x, const float* cos, const float* sin, std::int64_t num_heads, std::int64_t head_size);
   // float32 to bf16, to nearest even; NaN stays NaN.
   void (*narrow)(const float* x, std::int64_t count, std::uint16_t* out);
+  // float32 to int8 with a bf16 scale for each kScaleGroup of them: |x| / 127 at its largest, rounded up, so that
+  // quotients stay in -127 to 127; those are rounded to nearest even. Where a number is not finite the scale is NaN.
+  void (*quantize)(const float* x, std::int64_t count, std::int8_t* out, std::uint16_t* scale);
   // bf16 to float32.
   void (*widen)(const std::uint16_t* x, std::int64_t count, float* out);
   // out[t * out_stride + n] = x[t] . weight[n] for num_x rows of x and num_weight rows of weight.

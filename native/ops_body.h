@@ -1,11 +1,13 @@
 // The kernels of OpsTable, written once over vectors of kLanes floats. Each native/<isa>/ops.cpp includes this file
-// and attention_body.h inside its anonymous namespace, after it has defined
+// and the attention_*.h inside its anonymous namespace, after it has defined
 //   V (a vector of floats), kLanes, kRows (rows of the register block: kRows x 2 accumulators fit the registers),
 //   zero, set1, load, load_n (1 <= n <= kLanes, the rest 0), store, store_n, add, sub, mul,
 //   fma(a, b, c) = a * b + c,
 //   vmax, vexp (x <= 0; 0 below about -87; relative error about 2e-7), hsum, hmax,
-//   load_bf16, load_bf16_n, store_bf16_n (n <= kLanes; to nearest even, NaN stays NaN),
-//   transpose_keys(row, head_size, out): out[k * kKeyChunk + i] = row[i][k] for kLanes rows, as float32,
+//   div, load_bf16, load_bf16_n, store_bf16_n (n <= kLanes; to nearest even, NaN stays NaN),
+//   load_int8, load_int8_n, store_int8_n (of whole numbers from -128 to 127),
+//   transpose_keys(row, head_size, out): out[k * kKeyChunk + i] = row[i][k] for kLanes rows, as float32, of bf16; and
+//   of int8 transpose_keys(row, head_size, scale, out), times scale[k / kScaleGroup * kKeyChunk + i],
 //   prefetch(p).
 // Nothing here may come from a C++ library header: an inline function compiled for AVX-512 and merged by the linker
 // with its twin from the common build would crash older processors (tools/check_symbols.py looks for that).
@@ -58,6 +60,43 @@ void narrow(const float* x, std::int64_t count, std::uint16_t* out) {
   for (std::int64_t i = 0; i < count; i += kLanes) {
     const std::int64_t n = smaller(count - i, kLanes);
     store_bf16_n(out + i, n, load_n(x + i, n));
+  }
+}
+
+inline float widen1(std::uint16_t bits) {
+  const std::uint32_t wide = static_cast<std::uint32_t>(bits) << 16;
+  float x;
+  __builtin_memcpy(&x, &wide, sizeof x);
+  return x;
+}
+
+// The scale of numbers whose largest is `top`, as bf16 bits: top / 127, rounded up.
+inline std::uint16_t scale_bits(float top) {
+  const float scale = top / 127.0f;
+  std::uint32_t bits;
+  __builtin_memcpy(&bits, &scale, sizeof bits);
+  return static_cast<std::uint16_t>((bits + 0xffffu) >> 16);
+}
+
+void quantize(const float* x, std::int64_t count, std::int8_t* out, std::uint16_t* scale) {
+  for (std::int64_t begin = 0; begin < count; begin += kScaleGroup, ++scale) {
+    const std::int64_t size = smaller(count - begin, kScaleGroup);
+    V high = zero(), not_finite = zero();
+    for (std::int64_t i = 0; i < size; i += kLanes) {
+      const V v = load_n(x + begin + i, smaller(size - i, kLanes));
+      high = vmax(high, vmax(v, sub(zero(), v)));
+      not_finite = add(not_finite, sub(v, v));  // 0, or NaN for what is not finite
+    }
+    const bool is_finite = hsum(not_finite) == 0.0f;
+    *scale = is_finite ? scale_bits(hmax(high)) : static_cast<std::uint16_t>(0x7fc0);
+    const float divisor = widen1(*scale);
+    const bool is_zero = !is_finite || divisor == 0.0f;
+    const V magic = set1(12582912.0f);  // 1.5 * 2^23: a sum with it is a whole number, rounded to nearest even
+    for (std::int64_t i = 0; i < size; i += kLanes) {
+      const std::int64_t n = smaller(size - i, kLanes);
+      const V v = is_zero ? zero() : div(load_n(x + begin + i, n), set1(divisor));
+      store_int8_n(out + begin + i, n, sub(add(v, magic), magic));
+    }
   }
 }
 

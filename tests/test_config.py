@@ -22,6 +22,8 @@ MACHINE = Hardware(
     [
         ("weights", "int4"),
         ("weights", None),
+        ("kv_cache", "fp8"),
+        ("kv_cache", None),
         ("isa", "sse9"),
         ("isa", 5),
         *(("context_length", value) for value in (0, -1, "5", 5.5, True, 1 << 25)),

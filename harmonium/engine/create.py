@@ -202,6 +202,8 @@ def _open_block_files(plan: EnginePlan) -> BlockFiles | None:
         return None
     # Whatever changes the numbers in a block; adapters are part of each block's chain.
     depends = f"1 {plan.checkpoint.fingerprint()} {config.weights} {plan.resolved.isa} {CACHE_BLOCK_TOKENS}"
+    if config.kv_cache != "bf16":
+        depends += f" {config.kv_cache}"
     name = blake2b(depends.encode(), digest_size=12).hexdigest()
     return BlockFiles(Path(config.cache_dir) / name, config.cache_limit_bytes)
 
@@ -222,6 +224,7 @@ def _make_runner(plan: EnginePlan, adapters: Sequence[LoraAdapter], progress: Pr
         adapters=adapters,
         packs_experts=plan.memory.packs_experts,
         num_expert_slots=plan.memory.num_expert_slots,
+        kv_cache=config.kv_cache,
     )
 
 

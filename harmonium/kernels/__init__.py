@@ -1,5 +1,6 @@
 """The typed face of the native kernels: arrays in, arrays out. `reference` is their NumPy specification."""
 
+import harmonium.kernels.interface  # noqa: F401  # first: it refuses another version's native module
 from harmonium.kernels.matmul import (
     Int8Weight,
     linear_bf16,

@@ -18,8 +18,12 @@ from harmonium import _native
 
 F32 = npt.NDArray[np.float32]
 Bf16 = npt.NDArray[np.uint16]
+Int8 = npt.NDArray[np.int8]
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
+
+SCALE_GROUP = 32
+"""Elements of a head that share a scale in an int8 cache; the last group of a head may be shorter."""
 
 
 def rms_norm(x_TD: F32, weight_D: F32 | Bf16, eps: float, out_TD: F32) -> None:
@@ -34,12 +38,18 @@ def rope_and_store(
     qkv_TX: F32,
     cos_TC: F32,
     sin_TC: F32,
-    key_cache_NGPK: Bf16,
-    value_cache_NGPK: Bf16,
+    key_cache_NGPK: Bf16 | Int8,
+    value_cache_NGPK: Bf16 | Int8,
     slot_T: Int64,
     num_heads: int,
+    key_scale_NGPX: Bf16 | None = None,
+    value_scale_NGPX: Bf16 | None = None,
 ) -> None:
-    """Rotate q and k in place, then write k and v to their cache slots as bf16, rounded to nearest even.
+    """Rotate q and k in place, then write k and v to their cache slots, rounded to nearest even.
+
+    The cache is bf16 and has no scales; or int8, with a bf16 scale for each SCALE_GROUP elements of a head in
+    ceil(K / SCALE_GROUP) columns: the largest magnitude over 127, rounded up, and NaN for a group in which a
+    number is not finite.
 
     qkv_TX: rows of q (H*K), k (G*K), v (G*K). cos_TC, sin_TC: K/2 columns, with YaRN's attention factor in
     them. Halves are rotated, not pairs: element i goes with element i + K/2. slot_T: block * P + offset, all
@@ -47,13 +57,23 @@ def rope_and_store(
 
     Source: openai/gpt-oss, gpt_oss/torch/model.py (_apply_rotary_emb).
     """
-    _native.rope_and_store(qkv_TX, cos_TC, sin_TC, key_cache_NGPK, value_cache_NGPK, slot_T, num_heads)
+    _native.rope_and_store(
+        qkv_TX,
+        cos_TC,
+        sin_TC,
+        key_cache_NGPK,
+        value_cache_NGPK,
+        slot_T,
+        num_heads,
+        key_scale_NGPX,
+        value_scale_NGPX,
+    )
 
 
 def attention(
     qkv_TX: F32,
-    key_cache_NGPK: Bf16,
-    value_cache_NGPK: Bf16,
+    key_cache_NGPK: Bf16 | Int8,
+    value_cache_NGPK: Bf16 | Int8,
     block_SB: Int32,
     query_start_S1: Int32,
     context_length_S: Int32,
@@ -61,8 +81,13 @@ def attention(
     window: int,
     scale: float,
     out_TX: F32,
+    key_scale_NGPX: Bf16 | None = None,
+    value_scale_NGPX: Bf16 | None = None,
 ) -> None:
     """Attend from every token of the batch to its sequence's cached keys, its own among them.
+
+    The cache is bf16, or int8 with scales, as rope_and_store writes it: numbers are converted to float32 as
+    they are read.
 
     qkv_TX: as rope_and_store leaves it; only q is read, and keys and values come from the cache. Tokens of
     sequence s are rows query_start_S1[s] to query_start_S1[s + 1], at the last positions before
@@ -84,6 +109,8 @@ def attention(
         window,
         scale,
         out_TX,
+        key_scale_NGPX,
+        value_scale_NGPX,
     )
 
 

@@ -12,7 +12,9 @@ import numpy.typing as npt
 __all__ = [
     "attention",
     "float32_from_bf16",
+    "float32_from_int8",
     "gather_rows",
+    "quantize_heads",
     "rms_norm",
     "rope_and_store",
     "round_to_bf16",
@@ -22,8 +24,12 @@ __all__ = [
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 Bf16 = npt.NDArray[np.uint16]
+Int8 = npt.NDArray[np.int8]
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
+
+_SCALE_GROUP = 32
+"""Elements of a head that share a scale in an int8 cache."""
 
 
 def float32_from_bf16(bits: Bf16) -> F32:
@@ -37,6 +43,35 @@ def round_to_bf16(x: F32) -> Bf16:
     # Half of the last kept bit, minus one where that bit is even. NaN would overflow and is put right after.
     rounded = ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(x), ((bits >> 16) | 0x40).astype(np.uint16), rounded)
+
+
+def quantize_heads(x_XK: F32) -> tuple[Int8, Bf16]:
+    """Return x as int8, and a bf16 scale for each 32 elements of the last axis (the last may have fewer).
+
+    A scale is the largest magnitude over 127, rounded up, so that quotients reach at most 127; they are
+    rounded to nearest even. A group with a number that is not finite is 0 with the scale NaN.
+    """
+    K = x_XK.shape[-1]
+    q_XK = np.empty(x_XK.shape, np.int8)
+    scale_XS = np.empty((*x_XK.shape[:-1], -(-K // _SCALE_GROUP)), np.uint16)
+    for column, begin in enumerate(range(0, K, _SCALE_GROUP)):
+        group = x_XK[..., begin : begin + _SCALE_GROUP].astype(np.float32)
+        is_finite = np.asarray(np.isfinite(group).all(axis=-1))
+        group = np.where(is_finite[..., None], group, np.float32(0))
+        exact = np.ascontiguousarray(np.abs(group).max(axis=-1) / np.float32(127)).view(np.uint32)
+        bits = ((exact.astype(np.uint64) + 0xFFFF) >> 16).astype(np.uint16)
+        divisor = float32_from_bf16(bits)[..., None]
+        q_XK[..., begin : begin + _SCALE_GROUP] = np.rint(
+            np.divide(group, divisor, out=np.zeros_like(group), where=divisor != 0)
+        )
+        scale_XS[..., column] = np.where(is_finite, bits, np.uint16(0x7FC0))
+    return q_XK, scale_XS
+
+
+def float32_from_int8(q_XK: Int8, scale_XS: Bf16) -> F32:
+    """Return the numbers that `quantize_heads` gave."""
+    repeated_XK = np.repeat(float32_from_bf16(scale_XS), _SCALE_GROUP, axis=-1)[..., : q_XK.shape[-1]]
+    return np.asarray(q_XK * repeated_XK, np.float32)
 
 
 def _float64(vector: F32 | Bf16) -> F64:
@@ -62,17 +97,34 @@ def rope_and_store(
     qkv_TX: F32,
     cos_TC: F32,
     sin_TC: F32,
-    key_cache_NGPK: Bf16,
-    value_cache_NGPK: Bf16,
+    key_cache_NGPK: Bf16 | Int8,
+    value_cache_NGPK: Bf16 | Int8,
     slot_T: Int64,
     num_heads: int,
+    key_scale_NGPX: Bf16 | None = None,
+    value_scale_NGPX: Bf16 | None = None,
 ) -> None:
-    """Rotate q and k in place, then write k and v to their slots as bf16."""
+    """Rotate q and k in place, then write k and v to their slots as bf16, or as int8 with scales."""
     _, G, P, K = key_cache_NGPK.shape
     heads = qkv_TX.reshape(len(qkv_TX), num_heads + 2 * G, K)  # a view
     heads[:, : num_heads + G] = _rotated(heads[:, : num_heads + G], cos_TC, sin_TC)
-    key_cache_NGPK[slot_T // P, :, slot_T % P] = round_to_bf16(heads[:, num_heads : num_heads + G])
-    value_cache_NGPK[slot_T // P, :, slot_T % P] = round_to_bf16(heads[:, num_heads + G :])
+    places = slot_T // P, slice(None), slot_T % P
+    for cache, scale, new in (
+        (key_cache_NGPK, key_scale_NGPX, heads[:, num_heads : num_heads + G]),
+        (value_cache_NGPK, value_scale_NGPX, heads[:, num_heads + G :]),
+    ):
+        if scale is None:
+            cache[places] = round_to_bf16(new)
+        else:
+            cache[places], scale[places] = quantize_heads(new)
+
+
+def _cached(cache_NGPK: Bf16 | Int8, scale_NGPX: Bf16 | None, block: Int32, offset: Int64) -> F64:
+    """Keys or values at these places, [L, G, K]."""
+    rows = cache_NGPK[block, :, offset]
+    if scale_NGPX is None:
+        return float32_from_bf16(rows.view(np.uint16)).astype(np.float64)
+    return float32_from_int8(rows.view(np.int8), scale_NGPX[block, :, offset]).astype(np.float64)
 
 
 def _attend_one(q_HK: F64, key_LGK: F64, value_LGK: F64, sink_H: F64, scale: float) -> F64:
@@ -89,8 +141,8 @@ def _attend_one(q_HK: F64, key_LGK: F64, value_LGK: F64, sink_H: F64, scale: flo
 
 def attention(
     qkv_TX: F32,
-    key_cache_NGPK: Bf16,
-    value_cache_NGPK: Bf16,
+    key_cache_NGPK: Bf16 | Int8,
+    value_cache_NGPK: Bf16 | Int8,
     block_SB: Int32,
     query_start_S1: Int32,
     context_length_S: Int32,
@@ -98,6 +150,8 @@ def attention(
     window: int,
     scale: float,
     out_TX: F32,
+    key_scale_NGPX: Bf16 | None = None,
+    value_scale_NGPX: Bf16 | None = None,
 ) -> None:
     """Attend from every token to the positions of its sequence that it sees, token by token."""
     _, _, P, K = key_cache_NGPK.shape
@@ -110,8 +164,8 @@ def attention(
             block, offset = block_SB[s, seen // P], seen % P
             out = _attend_one(
                 qkv_TX[row, : len(sinks) * K].reshape(len(sinks), K).astype(np.float64),
-                _float64(key_cache_NGPK[block, :, offset]),
-                _float64(value_cache_NGPK[block, :, offset]),
+                _cached(key_cache_NGPK, key_scale_NGPX, block, offset),
+                _cached(value_cache_NGPK, value_scale_NGPX, block, offset),
                 sinks,
                 scale,
             )

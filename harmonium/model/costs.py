@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from harmonium.checkpoint.model_config import ModelConfig
-from harmonium.config import Weights
+from harmonium.config import KvCache, Weights
+from harmonium.model.memory import cached_row_bytes
 
 ExpertFormat = Literal["mxfp4", "bf16"]
 Bound = Literal["bandwidth", "operations"]
@@ -52,6 +53,7 @@ def step_cost(
     num_logit_rows: int,
     context: float,
     experts: ExpertFormat = "mxfp4",
+    kv_cache: KvCache = "bf16",
 ) -> StepCost:
     """Of one step: num_tokens in all, of num_sequences that have `context` tokens each in the cache.
 
@@ -69,7 +71,7 @@ def step_cost(
         + router * 2
         + experts_read * expert * (17 / BLOCK if experts == "mxfp4" else 2)
     )
-    cache_bytes = num_sequences * _cache_bytes(config, context)
+    cache_bytes = num_sequences * _cache_bytes(config, context, kv_cache)
     per_token = config.num_layers * (attention + router + active * expert)
     return StepCost(
         bytes=config.num_layers * layer_bytes + unembedding * _dense_bytes(weights) + cache_bytes,
@@ -78,7 +80,12 @@ def step_cost(
 
 
 def prefill_cost(
-    config: ModelConfig, weights: Weights, num_tokens: int, chunk: int, experts: ExpertFormat = "mxfp4"
+    config: ModelConfig,
+    weights: Weights,
+    num_tokens: int,
+    chunk: int,
+    experts: ExpertFormat = "mxfp4",
+    kv_cache: KvCache = "bf16",
 ) -> StepCost:
     """Of a prompt alone, computed in chunks; logits for its last token only."""
     total = StepCost(0.0, 0.0)
@@ -92,6 +99,7 @@ def prefill_cost(
             num_logit_rows=int(end == num_tokens),
             context=start,
             experts=experts,
+            kv_cache=kv_cache,
         )
     return total
 
@@ -105,9 +113,9 @@ def _attention_weights(config: ModelConfig) -> int:
     return config.hidden_size * (2 * query + 2 * config.num_kv_heads * config.head_size)
 
 
-def _cache_bytes(config: ModelConfig, context: float) -> float:
-    """Keys and values, bf16, that a sequence's next token looks at, in all layers."""
-    per_token = 2 * 2 * config.num_kv_heads * config.head_size
+def _cache_bytes(config: ModelConfig, context: float, kv_cache: KvCache) -> float:
+    """Keys and values that a sequence's next token looks at, in all layers."""
+    per_token = 2 * config.num_kv_heads * cached_row_bytes(config.head_size, kv_cache)
     windows = sum(kind == "window" for kind in config.layer_kinds)
     full = len(config.layer_kinds) - windows
     return per_token * (full * context + windows * min(context, config.window))

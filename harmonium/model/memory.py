@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from harmonium.checkpoint.model_config import LayerKind, ModelConfig
-from harmonium.config import CACHE_BLOCK_TOKENS, EngineConfig, Weights
+from harmonium.config import CACHE_BLOCK_TOKENS, EngineConfig, KvCache, Weights
 from harmonium.errors import ConfigError, MemoryPlanError
 from harmonium.kernels import attention_scratch_bytes, matmul_scratch_bytes, packed_shape
+from harmonium.kernels.ops import SCALE_GROUP
 from harmonium.kernels.sampling import sampling_scratch_bytes
 from harmonium.model.streaming_memory import (
     STREAMED_BATCH_TOKENS,
@@ -142,10 +143,15 @@ def plan_memory(
     raise MemoryPlanError(_refusal(plan, planner))
 
 
-def block_bytes(config: ModelConfig, kind: LayerKind) -> int:
-    """One block of keys and values (bf16) of every layer of that kind."""
-    numbers = config.num_kv_heads * config.head_size * CACHE_BLOCK_TOKENS
-    return config.layer_kinds.count(kind) * 2 * numbers * 2
+def block_bytes(config: ModelConfig, kind: LayerKind, kv_cache: KvCache = "bf16") -> int:
+    """One block of keys and values of every layer of that kind."""
+    rows = config.layer_kinds.count(kind) * 2 * config.num_kv_heads * CACHE_BLOCK_TOKENS
+    return rows * cached_row_bytes(config.head_size, kv_cache)
+
+
+def cached_row_bytes(head_size: int, kv_cache: KvCache) -> int:
+    """One head's key, or value, of one position: 2 bytes a number, or 1 and a bf16 scale per 32."""
+    return 2 * head_size if kv_cache == "bf16" else head_size + 2 * math.ceil(head_size / SCALE_GROUP)
 
 
 def dense_bytes(config: ModelConfig, weights: Weights) -> int:
@@ -240,7 +246,7 @@ class _Planner:
             dense_bytes=dense_bytes(config, self.engine.weights),
             embedding_bytes=min(table, EMBEDDING_ROWS_KEPT * row_pages),
             full_cache_bytes=0,
-            window_cache_bytes=num_window_blocks * block_bytes(config, "window"),
+            window_cache_bytes=num_window_blocks * block_bytes(config, "window", self.engine.kv_cache),
             scratch_bytes=step_scratch_bytes(config, step) + kernels,
             process_bytes=PROCESS_BYTES,
             limit_bytes=self.limit_bytes,
@@ -252,7 +258,7 @@ class _Planner:
             plan = replace(plan, scratch_bytes=scratch)
         one_context = math.ceil(context_length / CACHE_BLOCK_TOKENS)
         wanted = one_context * min(self.engine.max_sequences, SHARED_CONTEXTS)
-        block = block_bytes(config, "full")
+        block = block_bytes(config, "full", self.engine.kv_cache)
         # Half of what is left at most: the rest is the file cache's, and other programs'; or the experts'.
         share = 8 if self.streams else 2
         affordable = max(0, self.limit_bytes - plan.total_bytes) // share // block if block else wanted
@@ -370,6 +376,8 @@ def _refusal(plan: MemoryPlan, planner: _Planner) -> str:
         advice.append("weights int8")
     if engine.experts == "mapped" and planner.can_stream(plan.context_length):
         advice.append("experts streamed from the disk")
+    if engine.engine == "native" and engine.kv_cache == "bf16" and fits(kv_cache="int8"):
+        advice.append("a key/value cache in int8")
     if plan.adapter_bytes and plan.total_bytes - plan.adapter_bytes <= plan.limit_bytes:
         advice.append(f"fewer adapters (they take {_gb(plan.adapter_bytes)})")
     remedy = "no setting makes it fit: it needs more memory"

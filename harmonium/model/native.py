@@ -16,10 +16,11 @@ from harmonium.checkpoint.checkpoint import Checkpoint
 from harmonium.checkpoint.lora import LoraAdapter
 from harmonium.checkpoint.model_config import LayerKind, ModelConfig
 from harmonium.checkpoint.names import EMBEDDING
-from harmonium.config import CACHE_BLOCK_TOKENS, Weights
+from harmonium.config import CACHE_BLOCK_TOKENS, KvCache, Weights
 from harmonium.errors import CheckpointError, EngineClosed
 from harmonium.kernels.ops import attention, rms_norm, rope_and_store, router
 from harmonium.model.batch import Batch, SampledToken, StepResult
+from harmonium.model.cache import LayerCache, read_block, take_cache, write_block
 from harmonium.model.expert_cache import ExpertCounts
 from harmonium.model.lora import AdapterSet, StepAdapters
 from harmonium.model.memory import EMBEDDING_ROWS_KEPT, MAX_LOGIT_ROWS
@@ -68,8 +69,8 @@ class NativeRunner:
     sequences of a batch may name by their places here. packs_experts: copy MXFP4 experts in the background in
     the order of the products (int8 weights only; the same numbers, faster). num_expert_slots: keep only so
     many MXFP4 experts in memory and read others when they are needed (of a Checkpoint's files); 0: all are
-    used where they lie. The checkpoint is closed with the runner. The kernels' threads and instruction set
-    are the process's (kernels.runtime.configure).
+    used where they lie. kv_cache: how keys and values are held. The checkpoint is closed with the runner. The
+    kernels' threads and instruction set are the process's (kernels.runtime.configure).
 
     Raises CheckpointError for sizes that the kernels cannot take.
     """
@@ -83,6 +84,7 @@ class NativeRunner:
         adapters: Sequence[LoraAdapter] = (),
         packs_experts: bool = False,
         num_expert_slots: int = 0,
+        kv_cache: KvCache = "bf16",
     ) -> None:
         self._checkpoint = checkpoint
         self._config = config = checkpoint.config
@@ -102,7 +104,8 @@ class NativeRunner:
         self._frequencies = inverse_frequencies(config.rope, config.head_size)
         self._attention_factor = attention_factor(config.rope)
         self._scratch: _Scratch | None = _take_scratch(config, max_batch_tokens)
-        self._caches: list[tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint16]]] = []
+        self._kv_cache: KvCache = kv_cache
+        self._caches: list[LayerCache] = []
         self._embedding_rows = 0
         self._adapters = AdapterSet(adapters, config, max_batch_tokens)
 
@@ -143,9 +146,7 @@ class NativeRunner:
         config = self._config
         num_blocks = {"full": num_full_blocks, "window": num_window_blocks}
         for kind in config.layer_kinds:
-            shape = (num_blocks[kind], config.num_kv_heads, CACHE_BLOCK_TOKENS, config.head_size)
-            # Written once, so that the memory is there (or refused) now and not in the middle of a request.
-            self._caches.append((np.full(shape, 0, np.uint16), np.full(shape, 0, np.uint16)))
+            self._caches.append(take_cache(config, num_blocks[kind], self._kv_cache))
 
     def set_adapter(self, index: int, adapter: LoraAdapter | None) -> None:
         """See AdapterRunner."""
@@ -185,24 +186,18 @@ class NativeRunner:
         return self._finish(weights, batch, hidden_TD, normed_TD)
 
     def read_block(self, kind: LayerKind, block: int) -> bytes:
-        """Keys and values (bf16) of one cache block, layer by layer of that kind. Between two steps only."""
-        return b"".join(half[block].tobytes() for half in self._halves(kind))
+        """Keys and values of one cache block as they are held, layer by layer of that kind. Between two steps
+        only.
+        """
+        return read_block(self._caches_of(kind), block)
 
     def write_block(self, kind: LayerKind, block: int, data: bytes) -> bool:
         """What `read_block` gave, back into a block; False, and no change, for another number of bytes."""
-        halves = self._halves(kind)
-        if len(data) != sum(half[block].nbytes for half in halves):
-            return False
-        start = 0
-        for half in halves:
-            count = half[block].size
-            half[block] = np.frombuffer(data, np.uint16, count, start).reshape(half[block].shape)
-            start += 2 * count
-        return True
+        return write_block(self._caches_of(kind), block, data)
 
-    def _halves(self, kind: LayerKind) -> list[npt.NDArray[np.uint16]]:
+    def _caches_of(self, kind: LayerKind) -> list[LayerCache]:
         layers = zip(self._config.layer_kinds, self._caches, strict=True)
-        return [half for layer_kind, pair in layers if layer_kind == kind for half in pair]
+        return [cache for layer_kind, cache in layers if layer_kind == kind]
 
     def wait_until_resident(self) -> None:
         """Return when the weights that are used where they lie in the files have been read once.
@@ -261,7 +256,7 @@ class NativeRunner:
         config, scratch = self._config, self._scratch
         assert scratch is not None
         qkv_TN, mixed_TN = scratch.qkv_TN[: len(hidden_TD)], scratch.mixed_TN[: len(hidden_TD)]
-        key_cache, value_cache = self._caches[index]
+        cache = self._caches[index]
         rms_norm(hidden_TD, layer.attention_norm_D, config.rms_norm_eps, normed_TD)
         layer.qkv(normed_TD, qkv_TN)
         if adapters is not None:
@@ -270,15 +265,17 @@ class NativeRunner:
             qkv_TN,
             places.cos_TK2,
             places.sin_TK2,
-            key_cache,
-            value_cache,
+            cache.key,
+            cache.value,
             places.slot_T[layer.kind],
             config.num_heads,
+            cache.key_scale,
+            cache.value_scale,
         )
         attention(
             qkv_TN,
-            key_cache,
-            value_cache,
+            cache.key,
+            cache.value,
             places.block_SB[layer.kind],
             batch.query_start_S1,
             batch.context_length_S,
@@ -286,6 +283,8 @@ class NativeRunner:
             config.window if layer.kind == "window" else 0,
             config.head_size**-0.5,
             mixed_TN,
+            cache.key_scale,
+            cache.value_scale,
         )
         return mixed_TN
 

@@ -34,6 +34,7 @@ inline void store_n(float* p, std::int64_t n, V v) {
 inline V add(V a, V b) { return _mm256_add_ps(a, b); }
 inline V sub(V a, V b) { return _mm256_sub_ps(a, b); }
 inline V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+inline V div(V a, V b) { return _mm256_div_ps(a, b); }
 inline V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
 inline V vmax(V a, V b) { return _mm256_max_ps(a, b); }
 
@@ -98,7 +99,46 @@ inline void store_bf16_n(std::uint16_t* p, std::int64_t n, V v) {
   for (std::int64_t i = 0; i < n; ++i) p[i] = lane[i];
 }
 
-// Pairs of bf16 are transposed as 32-bit words, 8 rows of 8 pairs (or 4, at the end of a head) at a time.
+inline V load_int8(const std::int8_t* p) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+}
+
+inline V load_int8_n(const std::int8_t* p, std::int64_t n) {
+  std::int8_t lane[kLanes] = {0};
+  for (std::int64_t i = 0; i < n; ++i) lane[i] = p[i];
+  return load_int8(lane);
+}
+
+inline void store_int8_n(std::int8_t* p, std::int64_t n, V v) {
+  const __m256i whole = _mm256_cvtps_epi32(v);
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+  const __m128i bytes = _mm_packs_epi16(words, words);
+  if (n == kLanes) return _mm_storel_epi64(reinterpret_cast<__m128i*>(p), bytes);
+  std::int8_t lane[kLanes];
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(lane), bytes);
+  for (std::int64_t i = 0; i < n; ++i) p[i] = lane[i];
+}
+
+// 8 rows of 8 words of 32 bits, transposed: b[c] holds word c of each row.
+inline void transpose_words(__m256i (&a)[8], __m256i (&b)[8]) {
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    a[i] = _mm256_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm256_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm256_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm256_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    b[i] = _mm256_permute2x128_si256(a[i], a[i + 4], 0x20);
+    b[i + 4] = _mm256_permute2x128_si256(a[i], a[i + 4], 0x31);
+  }
+}
+
+// Pairs of bf16 are words, 8 of them (or 4, at the end of a head) at a time.
 inline void transpose_keys(const std::uint16_t* const* row, std::int64_t head_size, float* out) {
   const __m256i odd = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
   for (std::int64_t k = 0; k < head_size; k += 16) {
@@ -109,20 +149,7 @@ inline void transpose_keys(const std::uint16_t* const* row, std::int64_t head_si
       a[i] = half ? _mm256_castsi128_si256(_mm_loadu_si128(p))
                   : _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     }
-    for (int i = 0; i < 8; i += 2) {
-      b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
-      b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
-    }
-    for (int i = 0; i < 8; i += 4) {
-      a[i] = _mm256_unpacklo_epi64(b[i], b[i + 2]);
-      a[i + 1] = _mm256_unpackhi_epi64(b[i], b[i + 2]);
-      a[i + 2] = _mm256_unpacklo_epi64(b[i + 1], b[i + 3]);
-      a[i + 3] = _mm256_unpackhi_epi64(b[i + 1], b[i + 3]);
-    }
-    for (int i = 0; i < 4; ++i) {
-      b[i] = _mm256_permute2x128_si256(a[i], a[i + 4], 0x20);
-      b[i + 4] = _mm256_permute2x128_si256(a[i], a[i + 4], 0x31);
-    }
+    transpose_words(a, b);
     for (int i = 0; i < (half ? 4 : 8); ++i) {
       float* to = out + (k + 2 * i) * kKeyChunk;
       store(to, _mm256_castsi256_ps(_mm256_slli_epi32(b[i], 16)));
@@ -131,15 +158,35 @@ inline void transpose_keys(const std::uint16_t* const* row, std::int64_t head_si
   }
 }
 
+// Fours of int8 are words, up to 8 of them at a time: the elements of one scale.
+inline void transpose_keys(const std::int8_t* const* row, std::int64_t head_size, const float* scale, float* out) {
+  const __m256i words = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  for (std::int64_t k = 0; k < head_size; k += kScaleGroup, scale += kKeyChunk) {
+    const int count = head_size - k < kScaleGroup ? static_cast<int>(head_size - k) / 4 : 8;
+    const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(count), words);
+    const V factor = load(scale);
+    __m256i a[8], b[8];
+    for (int i = 0; i < 8; ++i) a[i] = _mm256_maskload_epi32(reinterpret_cast<const int*>(row[i] + k), mask);
+    transpose_words(a, b);
+    for (int i = 0; i < count; ++i) {
+      for (int j = 0; j < 4; ++j) {
+        const __m256i x = _mm256_srai_epi32(_mm256_slli_epi32(b[i], 24 - 8 * j), 24);
+        store(out + (k + 4 * i + j) * kKeyChunk, mul(_mm256_cvtepi32_ps(x), factor));
+      }
+    }
+  }
+}
+
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 #include "ops_body.h"
+#include "attention_cache.h"
 #include "attention_body.h"
 #include "low_rank_body.h"
 
 }  // namespace
 
-const OpsTable kOpsAvx2 = {rms_norm, rotate, narrow, widen, dots, softmax, attend, merge};
+const OpsTable kOpsAvx2 = {rms_norm, rotate, narrow, quantize, widen, dots, softmax, attend, merge};
 const LowRankTable kLowRankAvx2 = {shrink, expand};
 
 }  // namespace harmonium

@@ -29,6 +29,7 @@ inline void store_n(float* p, std::int64_t n, V v) { _mm512_mask_storeu_ps(p, fi
 inline V add(V a, V b) { return _mm512_add_ps(a, b); }
 inline V sub(V a, V b) { return _mm512_sub_ps(a, b); }
 inline V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+inline V div(V a, V b) { return _mm512_div_ps(a, b); }
 inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 inline V vmax(V a, V b) { return _mm512_max_ps(a, b); }
 inline float hsum(V v) { return _mm512_reduce_add_ps(v); }
@@ -73,7 +74,48 @@ inline void store_bf16_n(std::uint16_t* p, std::int64_t n, V v) {
   _mm256_mask_storeu_epi16(p, first_lanes(n), _mm512_cvtepi32_epi16(out));
 }
 
-// Pairs of bf16 are transposed as 32-bit words, 16 rows of up to 16 pairs at a time.
+inline V load_int8(const std::int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+
+inline V load_int8_n(const std::int8_t* p, std::int64_t n) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first_lanes(n), p)));
+}
+
+inline void store_int8_n(std::int8_t* p, std::int64_t n, V v) {
+  _mm_mask_storeu_epi8(p, first_lanes(n), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+}
+
+// 16 rows of 16 words of 32 bits, transposed: b[c] holds word c of each row.
+inline void transpose_words(__m512i (&a)[16], __m512i (&b)[16]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 4) {
+#pragma GCC unroll 16
+    for (int j = 0; j < 2; ++j) {
+      a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
+      a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
+    }
+  }
+  // a[4q + c] holds, in its 128-bit lane l, word 4l + c of rows 4q to 4q + 3.
+#pragma GCC unroll 16
+  for (int c = 0; c < 4; ++c) {
+    const __m512i low01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x44);
+    const __m512i high01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xee);
+    const __m512i low23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x44);
+    const __m512i high23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xee);
+    b[c] = _mm512_shuffle_i32x4(low01, low23, 0x88);
+    b[4 + c] = _mm512_shuffle_i32x4(low01, low23, 0xdd);
+    b[8 + c] = _mm512_shuffle_i32x4(high01, high23, 0x88);
+    b[12 + c] = _mm512_shuffle_i32x4(high01, high23, 0xdd);
+  }
+}
+
+// Pairs of bf16 are words, up to 16 of them at a time.
 inline void transpose_keys(const std::uint16_t* const* row, std::int64_t head_size, float* out) {
   const __m512i odd = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
   for (std::int64_t k = 0; k < head_size; k += 32) {
@@ -82,31 +124,7 @@ inline void transpose_keys(const std::uint16_t* const* row, std::int64_t head_si
     __m512i a[16], b[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) a[i] = _mm512_maskz_loadu_epi32(mask, row[i] + k);
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i += 2) {
-      b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-      b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i += 4) {
-#pragma GCC unroll 16
-      for (int j = 0; j < 2; ++j) {
-        a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
-        a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
-      }
-    }
-    // a[4q + c] holds, in its 128-bit lane l, pair 4l + c of rows 4q to 4q + 3.
-#pragma GCC unroll 16
-    for (int c = 0; c < 4; ++c) {
-      const __m512i low01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x44);
-      const __m512i high01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xee);
-      const __m512i low23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x44);
-      const __m512i high23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xee);
-      b[c] = _mm512_shuffle_i32x4(low01, low23, 0x88);
-      b[4 + c] = _mm512_shuffle_i32x4(low01, low23, 0xdd);
-      b[8 + c] = _mm512_shuffle_i32x4(high01, high23, 0x88);
-      b[12 + c] = _mm512_shuffle_i32x4(high01, high23, 0xdd);
-    }
+    transpose_words(a, b);
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) {
       if (i >= pairs) break;
@@ -117,15 +135,38 @@ inline void transpose_keys(const std::uint16_t* const* row, std::int64_t head_si
   }
 }
 
+// Fours of int8 are words, up to 16 of them (of two scales) at a time.
+inline void transpose_keys(const std::int8_t* const* row, std::int64_t head_size, const float* scale, float* out) {
+  for (std::int64_t k = 0; k < head_size; k += 64, scale += 2 * kKeyChunk) {
+    const std::int64_t count = head_size - k >= 64 ? 16 : (head_size - k) / 4;
+    const __mmask16 mask = first_lanes(count);
+    const V low = load(scale), high = count > 8 ? load(scale + kKeyChunk) : low;
+    __m512i a[16], b[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) a[i] = _mm512_maskz_loadu_epi32(mask, row[i] + k);
+    transpose_words(a, b);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+      if (i >= count) break;
+#pragma GCC unroll 16
+      for (int j = 0; j < 4; ++j) {
+        const __m512i x = _mm512_srai_epi32(_mm512_slli_epi32(b[i], 24 - 8 * j), 24);
+        store(out + (k + 4 * i + j) * kKeyChunk, mul(_mm512_cvtepi32_ps(x), i < 8 ? low : high));
+      }
+    }
+  }
+}
+
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 #include "ops_body.h"
+#include "attention_cache.h"
 #include "attention_body.h"
 #include "low_rank_body.h"
 
 }  // namespace
 
-const OpsTable kOpsAvx512 = {rms_norm, rotate, narrow, widen, dots, softmax, attend, merge};
+const OpsTable kOpsAvx512 = {rms_norm, rotate, narrow, quantize, widen, dots, softmax, attend, merge};
 const LowRankTable kLowRankAvx512 = {shrink, expand};
 
 }  // namespace harmonium

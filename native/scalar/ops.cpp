@@ -40,6 +40,7 @@ inline void store_n(float* p, std::int64_t n, V v) {
 inline V add(V a, V b) { return a + b; }
 inline V sub(V a, V b) { return a - b; }
 inline V mul(V a, V b) { return a * b; }
+inline V div(V a, V b) { return a / b; }
 inline V fma(V a, V b, V c) { return a * b + c; }
 inline V vmax(V a, V b) { return a > b ? a : b; }
 inline float hsum(V v) { return (v[0] + v[2]) + (v[1] + v[3]); }
@@ -91,15 +92,36 @@ inline void transpose_keys(const std::uint16_t* const* row, std::int64_t head_si
   }
 }
 
+inline V load_int8_n(const std::int8_t* p, std::int64_t n) {
+  V v = zero();
+  for (std::int64_t i = 0; i < n; ++i) v[i] = p[i];
+  return v;
+}
+
+inline V load_int8(const std::int8_t* p) { return load_int8_n(p, kLanes); }
+
+inline void store_int8_n(std::int8_t* p, std::int64_t n, V v) {
+  for (std::int64_t i = 0; i < n; ++i) p[i] = static_cast<std::int8_t>(v[i]);
+}
+
+inline void transpose_keys(const std::int8_t* const* row, std::int64_t head_size, const float* scale, float* out) {
+  for (std::int64_t k = 0; k < head_size; ++k) {
+    const V v = {static_cast<float>(row[0][k]), static_cast<float>(row[1][k]), static_cast<float>(row[2][k]),
+                 static_cast<float>(row[3][k])};
+    store(out + k * kKeyChunk, v * load(scale + k / kScaleGroup * kKeyChunk));
+  }
+}
+
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
 
 #include "ops_body.h"
+#include "attention_cache.h"
 #include "attention_body.h"
 #include "low_rank_body.h"
 
 }  // namespace
 
-const OpsTable kOpsScalar = {rms_norm, rotate, narrow, widen, dots, softmax, attend, merge};
+const OpsTable kOpsScalar = {rms_norm, rotate, narrow, quantize, widen, dots, softmax, attend, merge};
 const LowRankTable kLowRankScalar = {shrink, expand};
 
 }  // namespace harmonium

@@ -238,3 +238,6 @@ def test_real_model_goes_on_from_its_files_with_the_same_answer(tmp_path: Path) 
     # Other numbers, another folder.
     _, other = asyncio.run(run(weights="bf16"))
     assert other == 0 and len(list(tmp_path.iterdir())) == 2
+    small, cold = asyncio.run(run(kv_cache="int8"))
+    assert cold == 0 and len(list(tmp_path.iterdir())) == 3
+    assert asyncio.run(run(kv_cache="int8")) == (small, 288)

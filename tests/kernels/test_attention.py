@@ -1,8 +1,11 @@
-"""Paged attention, on every instruction set of this machine, against a dense softmax in float64."""
+"""Paged attention, on every instruction set of this machine, against a dense softmax in float64.
+
+The cache is bf16 or int8: the dense answer is that of the numbers which the cache holds.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +20,10 @@ def normal(seed: int, *shape: int, spread: float = 1.0) -> Floats:
     return (np.random.default_rng(seed).standard_normal(shape) * spread).astype(np.float32)
 
 
+Cache = Literal["bf16", "int8"]
+CACHES: tuple[Cache, ...] = ("bf16", "int8")
+
+
 def bf16(x: Floats) -> npt.NDArray[np.uint16]:
     return reference_ops.round_to_bf16(x)
 
@@ -25,7 +32,15 @@ class Case:
     """Sequences of random keys and values in a shuffled cache, and the dense answer in float64."""
 
     def __init__(
-        self, sequences: list[tuple[int, int]], H: int, G: int, P: int, K: int, window: int, seed: int = 0
+        self,
+        sequences: list[tuple[int, int]],
+        H: int,
+        G: int,
+        P: int,
+        K: int,
+        window: int,
+        seed: int = 0,
+        cache: Cache = "bf16",
     ) -> None:
         """sequences: (context length, tokens of this step) each."""
         random = np.random.default_rng(seed)
@@ -39,31 +54,44 @@ class Case:
         num_blocks = sum(blocks_each) + 1
         ids = iter(random.permutation(num_blocks).tolist())
         # What is not to be read is NaN in the cache and -1 in the table.
-        self.key = np.full((num_blocks, G, P, K), 0x7FC0, np.uint16)
-        self.value = np.full((num_blocks, G, P, K), 0x7FC0, np.uint16)
+        self.key: Any = np.full((num_blocks, G, P, K), 0x7FC0, np.uint16)
+        self.value: Any = np.full((num_blocks, G, P, K), 0x7FC0, np.uint16)
+        self.scales: list[Any] = [None, None]
+        if cache == "int8":
+            self.key, self.value = (np.full((num_blocks, G, P, K), 99, np.int8) for _ in range(2))
+            self.scales = [np.full((num_blocks, G, P, -(-K // 32)), 0x7FC0, np.uint16) for _ in range(2)]
         self.block = np.full((len(sequences), max(blocks_each) + 2), -1, np.int32)
         self.expected = np.empty((num_tokens, H * K))
         for s, (context, count) in enumerate(sequences):
-            key, value = (bf16(normal(seed + 9 + s + i, context, G, K, spread=1.5)) for i in (0, 1000))
+            numbers = [normal(seed + 9 + s + i, context, G, K, spread=1.5) for i in (0, 1000)]
             first_seen = max(0, context - count - window + 1) if window else 0
             for p in range(first_seen, context):
                 if self.block[s, p // P] < 0:
                     self.block[s, p // P] = next(ids)
-                self.key[self.block[s, p // P], :, p % P] = key[p]
-                self.value[self.block[s, p // P], :, p % P] = value[p]
+            seen = np.arange(first_seen, context)
+            places = self.block[s, seen // P], slice(None), seen % P
+            dense = [
+                self._store(array, scale, x, places, seen)
+                for array, scale, x in zip((self.key, self.value), self.scales, numbers, strict=True)
+            ]
             rows = slice(self.query_start[s], self.query_start[s + 1])
-            self.expected[rows] = self._dense(self.qkv[rows], key, value)
+            self.expected[rows] = self._dense(self.qkv[rows], *dense)
 
-    def _dense(
-        self, qkv: Floats, key: npt.NDArray[np.uint16], value: npt.NDArray[np.uint16]
-    ) -> npt.NDArray[np.float64]:
+    @staticmethod
+    def _store(array: Any, scale: Any, numbers: Floats, places: Any, seen: Any) -> Floats:
+        """Put the positions that may be seen into the cache; all numbers as a cache holds them."""
+        if scale is None:
+            array[places] = bf16(numbers[seen])
+            return reference_ops.float32_from_bf16(bf16(numbers))
+        q, scales = reference_ops.quantize_heads(numbers)
+        array[places], scale[places] = q[seen], scales[seen]
+        return reference_ops.float32_from_int8(q, scales)
+
+    def _dense(self, qkv: Floats, key: Floats, value: Floats) -> npt.NDArray[np.float64]:
         """Softmax over the whole matrix of scores with a column of sinks, as the paper's formula has it."""
         count, context, group = len(qkv), len(key), self.H // key.shape[1]
         q = qkv[:, : self.H * self.K].reshape(count, self.H, self.K).astype(np.float64)
-        k, v = (
-            np.repeat(reference_ops.float32_from_bf16(x), group, axis=1).astype(np.float64)
-            for x in (key, value)
-        )
+        k, v = (np.repeat(x, group, axis=1).astype(np.float64) for x in (key, value))
         score = np.einsum("qhk,chk->hqc", q, k) * self.scale
         query_position = np.arange(context - count, context)[:, None]
         position = np.arange(context)[None, :]
@@ -91,6 +119,7 @@ class Case:
             self.window,
             self.scale,
             out,
+            *self.scales,
         )
         return out
 
@@ -107,27 +136,31 @@ SHAPES = {
 }
 
 
+@pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("window", [0, 8, 128])
-def test_attention_of_mixed_batch_is_dense_softmax_with_sinks(isa: str, shape: str, window: int) -> None:
+def test_attention_of_mixed_batch_is_dense_softmax_with_sinks(
+    isa: str, shape: str, window: int, cache: Cache
+) -> None:
     contexts = [1, 31, 32, 33, 127, 128, 129, 130]
     sequences = [(150, 150), *((context, 1) for context in contexts), (140, 37), (70, 2)]
-    case = Case(sequences, *SHAPES[shape], window)
+    case = Case(sequences, *SHAPES[shape], window, cache=cache)
     case.check(case.run())
 
 
-@pytest.mark.parametrize("context", [1000, 5000])
+@pytest.mark.parametrize(("context", "cache"), [(1000, "bf16"), (5000, "bf16"), (1000, "int8")])
 @pytest.mark.parametrize("num_new", [1, 3, 20, 64, 100])
 @pytest.mark.parametrize("window", [0, 128])
 def test_attention_of_long_context_is_dense_softmax_with_sinks(
-    isa: str, context: int, num_new: int, window: int
+    isa: str, context: int, num_new: int, window: int, cache: Cache
 ) -> None:
-    case = Case([(context, num_new)], 8, 1, 32, 64, window, seed=context)
+    case = Case([(context, num_new)], 8, 1, 32, 64, window, seed=context, cache=cache)
     case.check(case.run())
 
 
-def test_attention_specification_is_dense_softmax_with_sinks() -> None:
-    case = Case([(40, 40), (33, 1), (70, 5)], *SHAPES["test model"], 8)
+@pytest.mark.parametrize("cache", CACHES)
+def test_attention_specification_is_dense_softmax_with_sinks(cache: Cache) -> None:
+    case = Case([(40, 40), (33, 1), (70, 5)], *SHAPES["wide"], 8, cache=cache)
     case.check(case.run(reference_ops.attention))
 
 
@@ -162,9 +195,10 @@ def test_attention_takes_a_checkpoints_bf16_sinks(isa: str) -> None:
     np.testing.assert_array_equal(case.run(), expected)
 
 
+@pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("window", [0, 8])
-def test_attention_is_bitwise_the_same_for_any_number_of_threads(isa: str, window: int) -> None:
-    case = Case([(1500, 1), (90, 60), (700, 3)], *SHAPES["test model"], window)
+def test_attention_is_bitwise_the_same_for_any_number_of_threads(isa: str, window: int, cache: Cache) -> None:
+    case = Case([(1500, 1), (90, 60), (700, 3)], *SHAPES["test model"], window, cache=cache)
     runtime.configure(isa, 1)
     one = case.run()
     for threads in (2, 3):
@@ -221,6 +255,16 @@ def test_attention_names_the_argument_that_is_wrong() -> None:
     assert attention_error(qkv=case.qkv[:, 1:]).startswith("qkv has shape [4, 319]; expected [4, 320]")
     assert attention_error(key=case.key[..., 0]).endswith("expected 4 dimensions")
     assert attention_error(value=case.value[1:]).startswith("value_cache has shape")
+    int8 = case.key.astype(np.int8)
+    assert attention_error(key=int8) == "value_cache has dtype uint16; expected int8"
+    assert (
+        attention_error(key=int8, value=int8)
+        == "key_cache is int8 and key_scale is None; expected its scales"
+    )
+    scale = np.zeros((*int8.shape[:3], 1), np.uint16)
+    assert "is given; a bf16 cache has none" in attention_error(scales=[scale, scale])
+    wrong = attention_error(key=int8, value=int8, scales=[scale, scale[..., 0]])
+    assert wrong.startswith("value_scale has shape") and wrong.endswith("4, 8, 1]")
     assert (
         attention_error(sink=case.sink[:5]) == "num_heads is 5; expected a multiple of the cache's 4 kv heads"
     )

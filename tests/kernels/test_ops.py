@@ -132,6 +132,39 @@ def test_rope_and_store_is_the_specification_to_the_bit(isa: str, H: int, G: int
     np.testing.assert_array_equal(results[0][1], results[1][1])
 
 
+@pytest.mark.parametrize("K", [8, 24, 64, 80])
+def test_int8_cache_is_the_specification_to_the_bit(isa: str, K: int) -> None:
+    H, G, P, num_blocks, num_tokens = 6, 3, 4, 5, 19
+    slot = np.random.default_rng(1).permutation(num_blocks * P)[:num_tokens].astype(np.int64)
+    angle = normal(2, num_tokens, K // 2, spread=5)
+    size = np.exp(normal(4, num_tokens, 1, spread=20)).astype(np.float32)  # scales of every order
+    qkv = normal(3, num_tokens, (H + 2 * G) * K) * size
+    qkv[0, -1], qkv[1, -2], qkv[2, -1] = np.nan, np.inf, -np.inf
+    qkv[3, -K:], qkv[4, -K:], qkv[5, -K:] = 0, 1e-41, 3.4e38
+    results = []
+    for function in (ops.rope_and_store, reference_ops.rope_and_store):
+        caches = np.full((2, num_blocks, G, P, K), 99, np.int8)
+        scales = np.full((2, num_blocks, G, P, -(-K // 32)), 0x1234, np.uint16)
+        angles = np.cos(angle), np.sin(angle)
+        function(qkv.copy(), *angles, caches[0], caches[1], slot, H, scales[0], scales[1])
+        results.append((caches, scales))
+    np.testing.assert_array_equal(results[0][0], results[1][0])
+    np.testing.assert_array_equal(results[0][1], results[1][1])
+
+
+def test_int8_specification_is_off_by_half_a_step_and_keeps_what_is_no_number() -> None:
+    x = normal(1, 50, 80, spread=3)
+    x[3, 40], x[4, 0], x[5, 79], x[6, :32] = np.nan, np.inf, -np.inf, 0
+    q, scale = reference_ops.quantize_heads(x)
+    back = reference_ops.float32_from_int8(q, scale)
+    assert np.isnan(back[3, 32:64]).all() and np.isnan(back[4, :32]).all() and np.isnan(back[5, 64:]).all()
+    assert (back[6, :32] == 0).all()
+    largest = np.abs(x[7:]).reshape(43, -1, 16).max(axis=(1, 2), keepdims=True).reshape(43, 1)
+    assert (np.abs(back[7:] - x[7:]) <= largest * 1.008 / 127 / 2).all()
+    assert np.abs(q[7:]).max(axis=1).min() >= 126  # the scale is rounded up by 1/128 at most
+    assert np.isnan(back).sum() == 32 + 32 + 16
+
+
 def test_bf16_is_rounded_to_nearest_even(isa: str) -> None:
     bits = [0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0x7F7FFFFF, 0x7F800001, 0xFFFFFFFF, 0x80000001]
     expected = [0x3F80, 0x3F82, 0x3F81, 0x3F80, 0x7F80, 0x7FC0, 0xFFFF, 0x8000]

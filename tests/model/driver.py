@@ -105,12 +105,12 @@ class Driver:
             sequence.window.append(self._free["window"].pop(0))
 
     def _poison(self, block: int) -> None:
-        """NaN in bf16: a step that reads a freed block cannot go unseen."""
+        """NaN in bf16, which the scales of int8 are too: a step that reads a freed block cannot go unseen."""
         runner: Any = self.runner
-        for kind, arrays in zip(runner.config.layer_kinds, runner._caches, strict=True):
+        for kind, cache in zip(runner.config.layer_kinds, runner._caches, strict=True):
             if kind == "window":
-                for array in arrays:
-                    array[block] = 0x7FC0
+                for array in cache.arrays:
+                    array[block] = 0x7FC0 if array.dtype == np.uint16 else 99
 
 
 def _table(blocks: list[list[int]]) -> npt.NDArray[np.int32]:

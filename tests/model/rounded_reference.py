@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from harmonium.checkpoint.bfloat16 import decode_bfloat16, encode_bfloat16
 from harmonium.kernels.reference_matmul import quantize_activations, quantize_weight
+from harmonium.kernels.reference_ops import float32_from_int8, quantize_heads
 from harmonium.model.reference import Array, ReferenceModel
 
 
@@ -44,6 +45,16 @@ class Int8Reference(ReferenceModel):
 
     def cached(self, key_TGK: Array, value_TGK: Array) -> tuple[Array, Array]:
         return to_bf16(key_TGK), to_bf16(value_TGK)
+
+
+class Int8CacheReference(Bf16Reference):
+    """As Bf16Reference, with keys and values as int8 and a bf16 scale per 32."""
+
+    def cached(self, key_TGK: Array, value_TGK: Array) -> tuple[Array, Array]:
+        key, value = (
+            float32_from_int8(*quantize_heads(np.asarray(x, np.float32))) for x in (key_TGK, value_TGK)
+        )
+        return key, value
 
 
 def row_errors(logits: npt.NDArray[Any], expected: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -144,3 +144,19 @@ def test_model_without_window_layers_needs_no_window_blocks() -> None:
     chosen = plan(config=replace(GPT_OSS_20B, layer_kinds=("full",) * 24))
     assert chosen.num_window_blocks == 0
     assert chosen.window_cache_bytes == 0
+
+
+def test_int8_cache_takes_17_of_32_bytes_and_131072_tokens_of_a_20b_fit_16_gb() -> None:
+    """34 bytes hold 32 numbers with their scale, where bf16 takes 64."""
+    for kind in ("full", "window"):
+        assert block_bytes(GPT_OSS_20B, kind, "int8") * 32 == block_bytes(GPT_OSS_20B, kind) * 17
+    small = plan(kv_cache="int8", context_length=131_072, max_sequences=1)
+    assert small.full_cache_bytes == 12 * 131_072 * 8 * 2 * (64 + 4)
+    assert small.total_bytes <= 16 * GB
+
+
+def test_refusal_advises_an_int8_cache_when_that_fits() -> None:
+    settings: dict[str, Any] = {"context_length": 131_072, "max_sequences": 1}
+    between = plan(kv_cache="int8", **settings).total_bytes + 1
+    with pytest.raises(MemoryPlanError, match="a key/value cache in int8"):
+        plan(between, **settings)

@@ -8,16 +8,22 @@ import numpy.typing as npt
 import pytest
 
 from harmonium.checkpoint import open_checkpoint
-from harmonium.config import Weights
+from harmonium.config import KvCache, Weights
 from harmonium.errors import CheckpointError, EngineClosed
 from harmonium.kernels.runtime import configure, current_isa, current_threads, supported_isa
 from harmonium.model.batch import RowSampling, SamplingParams
-from harmonium.model.memory import dense_bytes, step_scratch_bytes
+from harmonium.model.memory import block_bytes, dense_bytes, step_scratch_bytes
 from harmonium.model.native import NativeRunner
 from harmonium.model.reference import ReferenceModel
 from harmonium.model.runner import Runner
 from tests.model.driver import Driver
-from tests.model.rounded_reference import Bf16Reference, Int8Reference, row_errors, typical_error
+from tests.model.rounded_reference import (
+    Bf16Reference,
+    Int8CacheReference,
+    Int8Reference,
+    row_errors,
+    typical_error,
+)
 from tests.model.tiny_models import (
     CONFIGS,
     kept_positions,
@@ -32,6 +38,7 @@ WEIGHTS: tuple[Weights, ...] = ("bf16", "int8")
 # Typical errors, as docs/numerics.md states and explains them. UNEXPLAINED: from the reference with the same
 # roundings put in. SAME: between two ways of computing the same; sums in another order flip roundings.
 LARGEST_ERROR = {"bf16": 0.02, "int8": 0.05}
+LARGEST_INT8_CACHE_ERROR = 0.03
 UNEXPLAINED = {"bf16": 0.006, "int8": 0.02}
 SAME = {"bf16": 0.006, "int8": 0.02}
 
@@ -89,6 +96,47 @@ def test_error_is_what_the_roundings_explain(name: str, weights: Weights) -> Non
     # Near ties between experts are decided by the same roundings, but for a few.
     all_native, all_rounded = (np.sqrt(np.mean(row_errors(x, expected) ** 2)) for x in (native, rounded))
     assert all_native < 1.5 * all_rounded
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_error_of_an_int8_cache_is_what_its_rounding_explains(name: str) -> None:
+    tokens, checkpoint = prompt(name, 300), tiny_checkpoint(name)
+    expected = ReferenceModel(checkpoint).logits(tokens)
+    rounded = Int8CacheReference(checkpoint).logits(tokens)
+    runner = NativeRunner(checkpoint, "bf16", 100, kv_cache="int8")
+    native = Driver(runner, 12, seed=1).run(tokens, 100)
+    assert typical_error(native, expected) < LARGEST_INT8_CACHE_ERROR
+    assert typical_error(native, rounded) < UNEXPLAINED["int8"]
+    assert typical_error(native, expected) < 1.2 * typical_error(rounded, expected)
+    # It is no bf16 cache in disguise.
+    assert not np.array_equal(native, native_logits(name, "bf16", tokens))
+
+
+def test_int8_cache_is_the_same_one_token_at_a_time_and_on_two_threads() -> None:
+    tokens = prompt("wide", 150)
+
+    def logits(chunk: int, threads: int) -> Logits:
+        configure(current_isa(), threads)
+        return Driver(NativeRunner(tiny_checkpoint("wide"), "bf16", chunk, kv_cache="int8")).run(
+            tokens, chunk
+        )
+
+    whole = logits(150, 1)
+    assert typical_error(logits(1, 1), whole) < SAME["int8"]
+    np.testing.assert_array_equal(logits(150, 2), whole)
+
+
+@pytest.mark.parametrize("kv_cache", ["bf16", "int8"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_block_has_the_planned_bytes_and_comes_back(name: str, kv_cache: KvCache) -> None:
+    runner = NativeRunner(tiny_checkpoint(name), "bf16", 64, kv_cache=kv_cache)
+    driver = Driver(runner, 3)
+    driver.run(prompt(name, 64), 64)
+    for kind in CONFIGS[name].layer_kinds:
+        kept = runner.read_block(kind, 1)
+        assert len(kept) == block_bytes(CONFIGS[name], kind, kv_cache) and any(kept)
+        assert runner.write_block(kind, 2, kept) and runner.read_block(kind, 2) == kept
+        assert not runner.write_block(kind, 2, kept[1:]) and runner.read_block(kind, 2) == kept
 
 
 @pytest.mark.parametrize(
