@@ -17,7 +17,7 @@ from harmonium.kernels import interface
 
 NATIVE = Path(__file__).parents[2] / "native"
 
-BOUND = "192033d5b57e7a87"
+BOUND = "b8631d9ed1ae0d92"
 """Digest of all bound functions and their arguments at interface.INTERFACE."""
 
 
