@@ -1,7 +1,8 @@
 """Settings: frozen dataclasses, the machine's facts, and the one function that settles "auto".
 
 This module is the only reader of environment variables (HARMONIUM_ISA, HARMONIUM_THREADS, HARMONIUM_API_KEY,
-XDG_CACHE_HOME, TERM, OpenTelemetry's; through `environment_text` those of hub/settings.py).
+XDG_CACHE_HOME, TERM, OpenTelemetry's; through `environment_text` those of
+hub/settings.py and server/remote.py).
 Configuration is composed, never inherited; `resolve(config, hardware)` is pure, and what it returns is
 printed by `harmonium inspect` and logged once at start.
 """
@@ -236,6 +237,11 @@ def environment_text(name: str) -> str:
     For the variables of other programs (Hugging Face's, ModelScope's, Ollama's): hub/settings.py says which.
     """
     return os.environ.get(name, "").strip()
+
+
+def child_environment(further: Mapping[str, str]) -> dict[str, str]:
+    """Our environment with these variables, for a program that we start."""
+    return {**os.environ, **further}
 
 
 def environment_api_keys() -> tuple[str, ...]:

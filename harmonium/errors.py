@@ -102,6 +102,20 @@ class EngineClosed(EngineError):
     code = "engine_closed"
 
 
+class UpstreamError(EngineError):
+    """The server that computes for us broke off, took too long, or said what we do not understand."""
+
+    status = 502
+    code = "upstream_error"
+
+
+class UpstreamUnavailable(EngineError):
+    """No server that computes for us can be reached now; the same request may succeed later."""
+
+    status = 503
+    code = "upstream_unavailable"
+
+
 class TrainingError(HarmoniumError):
     """Training cannot go on; the states that were saved before are good."""
 

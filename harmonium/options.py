@@ -16,7 +16,7 @@ from harmonium.config import ATTENTION_NAMES, ISA_NAMES, EngineConfig, LoraSourc
 from harmonium.errors import ConfigError
 from harmonium.eval_options import add_eval
 from harmonium.finetune_options import add_finetune
-from harmonium.serve_options import add_serving, add_vllm_flags
+from harmonium.serve_options import add_serving, add_vllm_flags, settle_serving
 
 Effort = Literal["low", "medium", "high"]
 EFFORTS: tuple[Effort, ...] = ("low", "medium", "high")
@@ -54,6 +54,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise ConfigError(f"no command {first!r}{near(first, commands)} (there are {', '.join(commands)})")
     if first is None and not argv:
         raise ConfigError(f"which command? There are {', '.join(commands)} (harmonium --help says more)")
+    argv, behind = _split(argv) if first == "serve" else (argv, [])
     wrong = next((word for word in argv if word not in _options(parser)), None) if first is None else None
     if wrong is not None:
         raise ConfigError(f"no option {wrong}{near(wrong, _options(parser))}")
@@ -64,9 +65,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         if word is not None:
             raise ConfigError(f"no option {word}{near(word.split('=')[0], options)}")
         raise ConfigError(f"one word too many: {unknown[0]!r} (quote a text that has spaces)")
+    if first == "serve":
+        arguments.vllm_arguments = behind
+        settle_serving(arguments)
     if first == "chat" and arguments.question is None and _is_question(arguments.model):
         arguments.model, arguments.question = DEMO, arguments.model
     return arguments
+
+
+def _split(argv: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """The words before `--`, and those behind it."""
+    place = argv.index("--") if "--" in argv else len(argv)
+    return argv[:place], argv[place + 1 :]
 
 
 def _is_question(word: str) -> bool:

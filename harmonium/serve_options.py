@@ -11,6 +11,9 @@ from typing import Any
 
 DEFAULT_PORT = 8000
 DEFAULT_MAX_CONCURRENCY = 4
+REMOTE_MAX_CONCURRENCY = 256
+"""Where vLLM computes: it has a queue of its own."""
+
 DEFAULT_MAX_QUEUE = 64
 
 
@@ -25,8 +28,24 @@ def add_serving(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--engine",
         metavar="ENGINE",
-        help="native; torch: PyTorch, slow; script:FILE: answers from a file, no model (docs/api.md)",
+        help="native; torch: PyTorch, slow; vllm=URL[,URL]: vLLM computes (docs/vllm.md); script:FILE: "
+        "answers from a file, no model (docs/api.md)",
     )
+    group.add_argument(
+        "--launch-vllm",
+        action="store_true",
+        help="start `vllm serve MODEL` and use it; what stands behind `--` is for it",
+    )
+    group.add_argument(
+        "--vllm-command", default="vllm", metavar="PROGRAM", help="which vllm that is (default: of PATH)"
+    )
+
+
+def settle_serving(arguments: argparse.Namespace) -> None:
+    """The defaults that depend on other options."""
+    if arguments.max_concurrency is None:
+        is_remote = arguments.launch_vllm or (arguments.engine or "").startswith("vllm=")
+        arguments.max_concurrency = REMOTE_MAX_CONCURRENCY if is_remote else DEFAULT_MAX_CONCURRENCY
 
 
 def _add_answers(group: argparse._ArgumentGroup) -> None:
@@ -37,9 +56,9 @@ def _add_answers(group: argparse._ArgumentGroup) -> None:
         "--max-concurrency",
         "--max-num-seqs",
         type=int,
-        default=DEFAULT_MAX_CONCURRENCY,
         metavar="N",
-        help=f"answers that run at once (default {DEFAULT_MAX_CONCURRENCY})",
+        help=f"answers that run at once (default {DEFAULT_MAX_CONCURRENCY}; "
+        f"{REMOTE_MAX_CONCURRENCY} where vLLM computes)",
     )
     group.add_argument(
         "--max-queue",
@@ -186,5 +205,8 @@ def _dtype(text: str) -> str:
 
 def _one(text: str) -> int:
     if text != "1":
-        raise argparse.ArgumentTypeError(f"{text!r}: one process serves one machine here; leave it out")
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: one process serves one machine here; leave it out, or let vLLM compute: "
+            "--launch-vllm -- --tensor-parallel-size N (docs/vllm.md)"
+        )
     return 1

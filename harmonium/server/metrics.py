@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from harmonium.engine.remote import RemoteStatistics
 from harmonium.engine.statistics import EngineStatistics
 
 if TYPE_CHECKING:
@@ -111,6 +112,8 @@ class _EngineCollector:
         if state.adapter_names:
             yield _adapter_gauge(state)
         statistics = getattr(state.loaded_engine, "statistics", None)
+        if isinstance(statistics, RemoteStatistics):
+            yield from _upstream_metrics(statistics)
         if not isinstance(statistics, EngineStatistics):
             return
         used, free = statistics.full_blocks_used, statistics.full_blocks_free + statistics.full_blocks_cached
@@ -158,6 +161,32 @@ def _expert_metrics(statistics: EngineStatistics) -> Iterator[Metric]:
         ("wait_seconds", "Time that steps stood still for reads.", counts.wait_seconds),
     ):
         yield CounterMetricFamily(f"harmonium:expert_{name}", text, value)
+
+
+def _upstream_metrics(statistics: RemoteStatistics) -> Iterator[Metric]:
+    """The vLLM servers that compute for us, each by its address."""
+    yield CounterMetricFamily(
+        "harmonium:upstream_retries", "Requests sent to another upstream.", statistics.retries
+    )
+    yield CounterMetricFamily(
+        "harmonium:grammar_corrections", "Times that an answer left its grammar.", statistics.corrections
+    )
+    gauges = [
+        GaugeMetricFamily("harmonium:upstream_up", "1 when it gets requests.", labels=("upstream",)),
+        GaugeMetricFamily("harmonium:upstream_running", "Requests on it.", labels=("upstream",)),
+    ]
+    counters = [
+        CounterMetricFamily("harmonium:upstream_requests", "Requests sent to it.", labels=("upstream",)),
+        CounterMetricFamily("harmonium:upstream_failures", "Requests it broke.", labels=("upstream",)),
+        CounterMetricFamily("harmonium:upstream_ejections", "Times it was taken out.", labels=("upstream",)),
+    ]
+    for one in statistics.upstreams:
+        for gauge, value in zip(gauges, (one.is_up, one.running), strict=True):
+            gauge.add_metric((one.url,), value)
+        for counter, count in zip(counters, (one.requests, one.failures, one.ejections), strict=True):
+            counter.add_metric((one.url,), count)
+    yield from gauges
+    yield from counters
 
 
 def _adapter_gauge(state: ServerState) -> Metric:

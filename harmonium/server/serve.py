@@ -20,7 +20,7 @@ import uvicorn
 
 from harmonium.config import EngineConfig, environment_api_keys
 from harmonium.engine.protocol import Engine
-from harmonium.errors import ConfigError
+from harmonium.errors import ConfigError, EngineError
 from harmonium.harmony.grammar_compile import tokenizer as build_grammar_tokenizer
 from harmonium.harmony.messages import reasoning_effort
 from harmonium.options import DEMO
@@ -28,6 +28,7 @@ from harmonium.script_file import scripted_engine
 from harmonium.server.app import create_app
 from harmonium.server.config import Limits, ServerConfig
 from harmonium.server.logs import configure_logging
+from harmonium.server.remote import RemoteSource, make_remote_engine, remote_source
 from harmonium.server.responses_run import Responses
 from harmonium.server.state import ServerState
 from harmonium.server.store import ResponseStore
@@ -43,7 +44,7 @@ def serve(arguments: argparse.Namespace, engine_config: EngineConfig) -> int:
     config = server_config(arguments)
     for remark in arguments.told or ():
         print(f"harmonium: {remark}", file=sys.stderr)
-    model, script = _source(arguments)
+    source = _source(arguments)
     store = ResponseStore(arguments.store)
     listener = listen(config.host, config.port)
     configure_logging(arguments.log_format)
@@ -52,7 +53,7 @@ def serve(arguments: argparse.Namespace, engine_config: EngineConfig) -> int:
     responses = Responses(state, store)
     server = DrainingServer(state, responses, _uvicorn_config(state, responses))
     with listener:
-        return asyncio.run(_run(server, listener, model, script, engine_config))
+        return asyncio.run(_run(server, listener, source, engine_config))
 
 
 def server_config(arguments: argparse.Namespace) -> ServerConfig:
@@ -88,18 +89,21 @@ def _limits(given: list[str]) -> Limits:
     return Limits(**found)
 
 
-def _source(arguments: argparse.Namespace) -> tuple[str | None, Path | None]:
-    """(the word MODEL, None) or (None, the script); with neither given, the demo model."""
+def _source(arguments: argparse.Namespace) -> str | Path | RemoteSource:
+    """The word MODEL, a script, or servers of vLLM; with nothing given, the demo model."""
+    remote = remote_source(arguments)
+    if remote is not None:
+        return remote
     engine, model = arguments.engine, arguments.model
     if engine in ("native", "torch"):
         engine = None
     if engine is not None and not engine.startswith(SCRIPT_PREFIX):
-        raise ConfigError(f"--engine is {engine!r}; expected native, torch or {SCRIPT_PREFIX}FILE")
+        raise ConfigError(f"--engine is {engine!r}; expected native, torch, vllm=URL or {SCRIPT_PREFIX}FILE")
     if engine is not None and model is not None:
         raise ConfigError("both MODEL and --engine script:FILE are given; expected one")
     if engine is not None:
-        return None, Path(engine.removeprefix(SCRIPT_PREFIX))
-    return DEMO if model is None else model, None
+        return Path(engine.removeprefix(SCRIPT_PREFIX))
+    return DEMO if model is None else str(model)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -135,6 +139,7 @@ class DrainingServer(uvicorn.Server):
         self.responses = responses
         self._drain: asyncio.Task[None] | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
+        self.failure: EngineError | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called for SIGTERM and SIGINT, between two instructions of the main thread."""
@@ -142,6 +147,12 @@ class DrainingServer(uvicorn.Server):
             os._exit(128 + sig)
         self.state.drain()
         self.loop.call_soon_threadsafe(self._begin_drain)
+
+    def fail(self, failure: EngineError) -> None:
+        """What computes for us is gone for good: end, with this as the reason."""
+        self.failure = failure
+        self.state.fail(str(failure))
+        self.should_exit = True
 
     def _begin_drain(self) -> None:
         self._drain = asyncio.get_running_loop().create_task(self._stop_when_empty())
@@ -162,25 +173,29 @@ class DrainingServer(uvicorn.Server):
 async def _run(
     server: DrainingServer,
     listener: socket.socket,
-    model: str | None,
-    script: Path | None,
+    source: str | Path | RemoteSource,
     config: EngineConfig,
 ) -> int:
     state = server.state
     server.loop = asyncio.get_running_loop()
-    loading = asyncio.create_task(_load(server, model, script, config))
+    loading = asyncio.create_task(_load(server, source, config))
     try:
         _announce(state.config, listener)
         await server.serve(sockets=[listener])
     finally:
         if not loading.done():
-            os._exit(1)  # a thread reads weights, and nobody waits for them any more
+            if isinstance(source, RemoteSource):
+                loading.cancel()  # a vLLM that was started is stopped
+                await asyncio.gather(loading, return_exceptions=True)
+            os._exit(1)  # a thread may read weights, and nobody waits for them any more
         if state.loaded_engine is not None:
             await state.loaded_engine.close()
         await server.responses.close()
         if state.tracing is not None:
             await asyncio.to_thread(state.tracing.close)
     loading.result()
+    if server.failure is not None:
+        raise server.failure
     return 0
 
 
@@ -191,11 +206,11 @@ def _announce(config: ServerConfig, listener: socket.socket) -> None:
         _log.warning("no API key is set: everybody who reaches this address may use it")
 
 
-async def _load(server: DrainingServer, model: str | None, script: Path | None, config: EngineConfig) -> None:
+async def _load(server: DrainingServer, source: str | Path | RemoteSource, config: EngineConfig) -> None:
     """Make the engine and hand it to the state; when that fails, stop the server."""
     state = server.state
     try:
-        engine = await _make_engine(state, model, script, config)
+        engine = await _make_engine(server, source, config)
     except Exception as error:  # of any kind: requests would wait for a model that never comes
         state.fail(str(error))
         server.should_exit = True
@@ -213,20 +228,24 @@ def _check_adapter_names(config: EngineConfig, model_names: tuple[str, ...]) -> 
 
 
 async def _make_engine(
-    state: ServerState, model: str | None, script: Path | None, config: EngineConfig
+    server: DrainingServer, source: str | Path | RemoteSource, config: EngineConfig
 ) -> Engine:
-    if script is not None:
+    state = server.state
+    if isinstance(source, RemoteSource):
+        remote = await make_remote_engine(source, config, server.fail)
+        await _prepare_grammar(state)
+        return remote
+    if isinstance(source, Path):
         if config.lora:
             raise ConfigError("--lora is given with --engine script:FILE, which computes with no weights")
         return await asyncio.to_thread(
-            scripted_engine, script, context_length=config.context_length or 131_072
+            scripted_engine, source, context_length=config.context_length or 131_072
         )
-    assert model is not None, "one of both is given"
     # Here: a script needs no native kernels.
     from harmonium.engine.create import create_engine
     from harmonium.loading import find_model, model_name, progress_bar
 
-    path = await asyncio.to_thread(find_model, model)  # a download may take an hour
+    path = await asyncio.to_thread(find_model, source)  # a download may take an hour
     _check_adapter_names(config, state.config.model_names or (model_name(path),))
     with progress_bar(f"loading {path.name}") as bar:
 
@@ -236,6 +255,11 @@ async def _make_engine(
                 bar(done, total)
 
         engine = await asyncio.to_thread(create_engine, path, config, progress)
-    if state.config.uses_grammar:
-        await asyncio.to_thread(build_grammar_tokenizer)  # 1.3 s that the first schema would wait for
+    await _prepare_grammar(state)
     return engine
+
+
+async def _prepare_grammar(state: ServerState) -> None:
+    """1.3 s that the first schema would wait for."""
+    if state.config.uses_grammar:
+        await asyncio.to_thread(build_grammar_tokenizer)
