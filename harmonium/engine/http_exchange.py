@@ -68,10 +68,17 @@ def parse_address(text: str) -> Address:
 
 
 class Exchange:
-    """An answer on its way. `close` may be called from any thread, and ends what waits with ExchangeError."""
+    """An answer on its way. `close` may be called from any thread, and ends what waits with ExchangeError.
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    register: holds it from now until it is closed.
+    """
+
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, register: set[Exchange]
+    ) -> None:
         self._reader, self._writer = reader, writer
+        self._register = register
+        register.add(self)
         self._loop = asyncio.get_running_loop()
         self._wire = h11.Connection(h11.CLIENT, max_incomplete_event_size=_MAX_HEAD_BYTES)
         self.status = 0
@@ -128,6 +135,7 @@ class Exchange:
 
     def close(self) -> None:
         """Cut the connection. A second call does nothing."""
+        self._register.discard(self)
         if _running_loop() is self._loop:
             self._abort()
         elif not self._loop.is_closed():
@@ -151,10 +159,11 @@ async def open_exchange(
     headers: Mapping[str, str],
     body: bytes,
     *,
+    register: set[Exchange],
     connect_seconds: float,
     head_seconds: float,
 ) -> Exchange:
-    """Connect, send, read the head of the answer; close what is returned.
+    """Connect, send, read the head of the answer; close what is returned. register: exchanges that are open.
 
     Raises ExchangeError, ExchangeTimeout (a connection that takes too long is an ExchangeError).
     """
@@ -167,7 +176,7 @@ async def open_exchange(
         raise ExchangeError(f"no connection within {connect_seconds:g} s") from None
     except (OSError, ValueError) as error:  # ValueError: a host name that is none (UnicodeError)
         raise ExchangeError(getattr(error, "strerror", None) or str(error) or "no connection") from None
-    exchange = Exchange(reader, writer)
+    exchange = Exchange(reader, writer, register)
     sent = {
         "host": address.host_header,
         "connection": "close",

@@ -134,6 +134,8 @@ class RemoteEngine:
                 with upstream.working():
                     async with aclosing(upstream.ask(call, self._info.vocabulary_size)) as chunks:
                         async for chunk in chunks:
+                            if self._is_closed:  # it was connecting when the others were cut off
+                                raise EngineClosed("the engine is closed")
                             has_begun = has_begun or bool(chunk.tokens)
                             yield chunk
                 return

@@ -176,6 +176,7 @@ class Upstream:
             path,
             sent,
             body,
+            register=self._exchanges,
             connect_seconds=self.settings.connect_seconds,
             head_seconds=head_seconds,
         )
@@ -187,12 +188,8 @@ class Upstream:
         """
         try:
             async with closing(await self._send(call)) as exchange:
-                self._exchanges.add(exchange)
-                try:
-                    async for chunk in self._chunks(exchange, call, vocabulary_size):
-                        yield chunk
-                finally:
-                    self._exchanges.discard(exchange)
+                async for chunk in self._chunks(exchange, call, vocabulary_size):
+                    yield chunk
         except ExchangeError as error:
             raise BrokenError(str(error), is_down=False) from None
         except ExchangeTimeout:

@@ -164,7 +164,7 @@ def _info_with(*adapters: str) -> Any:
 
 
 def test_leaving_closes_the_upstreams_request(server: VllmServer) -> None:
-    engine = ScriptedEngine([[10] * 100_000], seconds_per_event=0.001)
+    engine = ScriptedEngine([[10] * 5000], seconds_per_event=0.005)
 
     async def leave(remote: RemoteEngine) -> None:
         async with aclosing(remote.generate(request())) as events:
@@ -178,7 +178,7 @@ def test_leaving_closes_the_upstreams_request(server: VllmServer) -> None:
 
 
 def test_closing_ends_running_answers_with_aborted(server: VllmServer) -> None:
-    engine = ScriptedEngine([[10] * 100_000], seconds_per_event=0.001)
+    engine = ScriptedEngine([[10] * 5000], seconds_per_event=0.005)
 
     async def close(remote: RemoteEngine) -> list[TokenEvent]:
         task = asyncio.create_task(collect(remote, request()))
