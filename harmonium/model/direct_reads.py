@@ -25,11 +25,14 @@ import numpy.typing as npt
 from harmonium.errors import CheckpointError
 from harmonium.model.streaming_memory import ALIGNMENT
 
-CHUNK_BYTES = 2 << 20
+CHUNK_BYTES = 4 << 20
 """Most bytes of one read, so that several threads share an expert and a cancelled one costs little."""
 
 NUM_READERS = 6
 """Reads under way at a time."""
+
+NUM_AHEAD = 2
+"""Of them, those of what is only probable: what is needed then has to wait for so many at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,7 @@ class DirectReader:
         self._changed = threading.Condition()
         self._urgent: deque[Ticket] = deque()
         self._ahead: deque[Ticket] = deque()
+        self._num_ahead = 0
         self._is_closed = False
         self.bytes_read = 0
         self._files: dict[Path, tuple[int, bool]] = {}
@@ -166,24 +170,26 @@ class DirectReader:
             os.close(descriptor)
         self._files.clear()
 
-    def _take(self) -> tuple[Ticket, _Chunk] | None:
-        """The next read, waited for; None when closed."""
+    def _take(self) -> tuple[Ticket, _Chunk, bool] | None:
+        """The next read, waited for, and whether it is only probable; None when closed."""
         with self._changed:
-            while not (self._urgent or self._ahead):
+            while not (self._urgent or (self._ahead and self._num_ahead < NUM_AHEAD)):
                 if self._is_closed:
                     return None
                 self._changed.wait()
-            queue = self._urgent or self._ahead
+            is_ahead = not self._urgent
+            queue = self._ahead if is_ahead else self._urgent
             ticket = queue[0]
             chunk = ticket._chunks.popleft()
             if not ticket._chunks:
                 queue.popleft()
             ticket._num_running += 1
-            return ticket, chunk
+            self._num_ahead += is_ahead
+            return ticket, chunk, is_ahead
 
     def _work(self) -> None:
         while (taken := self._take()) is not None:
-            ticket, chunk = taken
+            ticket, chunk, is_ahead = taken
             error = None
             try:
                 self._read(chunk)
@@ -193,6 +199,7 @@ class DirectReader:
                 error = failure
             with self._changed:
                 ticket._num_running -= 1
+                self._num_ahead -= is_ahead
                 if error is None:
                     self.bytes_read += chunk.nbytes
                 else:

@@ -275,13 +275,9 @@ class ExpertCache:
         slot.layer, slot.expert = layer, expert
         self._owner[index] = layer, expert
         self._slot_of[layer, expert] = index
-        at, ranges = index * self._slot_bytes, []
-        for piece in self._layers[layer].pieces:
-            offset = piece.offset + expert * piece.nbytes
-            begin = at + offset % ALIGNMENT
-            self.place_EC[layer][expert, piece.column] = begin
-            ranges.append(Range(piece.file, offset, piece.nbytes, begin))
-            at = -(-(begin + piece.nbytes) // ALIGNMENT) * ALIGNMENT
+        ranges = expert_ranges(self._layers[layer], expert, index * self._slot_bytes)
+        for piece, item in zip(self._layers[layer].pieces, ranges, strict=True):
+            self.place_EC[layer][expert, piece.column] = item.at
         slot.ticket = self._reader.submit(ranges, urgent)
 
     def _free_slot(self, layer: int, spare: int = -1) -> int | None:
@@ -334,6 +330,17 @@ class ExpertCache:
         if not self._free and not self._may_go.any() and running:
             self._reader.wait_any(running)
             self._collect()
+
+
+def expert_ranges(layer: ExpertPieces, expert: int, at: int) -> list[Range]:
+    """What to read for an expert, piece by piece, to memory from `at` (a multiple of ALIGNMENT) on."""
+    ranges = []
+    for piece in layer.pieces:
+        offset = piece.offset + expert * piece.nbytes
+        begin = at + offset % ALIGNMENT
+        ranges.append(Range(piece.file, offset, piece.nbytes, begin))
+        at = -(-(begin + piece.nbytes) // ALIGNMENT) * ALIGNMENT
+    return ranges
 
 
 def _most_bytes(layer: ExpertPieces) -> int:

@@ -6,8 +6,10 @@ Everything a step needs lies in memory taken before the first one: a step alloca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +26,7 @@ from harmonium.model.cache import LayerCache, read_block, take_cache, write_bloc
 from harmonium.model.expert_cache import ExpertCounts
 from harmonium.model.lora import AdapterSet, StepAdapters
 from harmonium.model.memory import EMBEDDING_ROWS_KEPT, MAX_LOGIT_ROWS
-from harmonium.model.pages import Reader
+from harmonium.model.pages import Reader, take
 from harmonium.model.rope import attention_factor, inverse_frequencies, rope_tables
 from harmonium.model.sampler import sample_rows
 from harmonium.model.streamed_experts import ExpertStream, StreamedExperts
@@ -95,11 +97,13 @@ class NativeRunner:
             assert isinstance(checkpoint, Checkpoint) and not packs_experts
             self._stream = ExpertStream(checkpoint, weights, num_expert_slots, max_batch_tokens)
         self._weights: ModelWeights | None = load_weights(checkpoint, weights, progress, self._stream)
-        packers = [
+        packers: list[Callable[[threading.Event], None]] = [
             layer.experts.pack
             for layer in self._weights.layers
             if packs_experts and not isinstance(layer.experts, StreamedExperts)
         ]
+        if self._stream is not None:
+            packers.append(partial(take, self._stream.cache.pool))
         self._reader = Reader(self._weights.mapped(packs_experts), self._weights.embedding_VD, packers)
         self._frequencies = inverse_frequencies(config.rope, config.head_size)
         self._attention_factor = attention_factor(config.rope)

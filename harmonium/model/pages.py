@@ -25,6 +25,9 @@ _WILLNEED = 3
 _POPULATE_READ = 22
 """MADV_POPULATE_READ of Linux 5.14: fault the pages in, all at once. Python's mmap has no name for it."""
 
+_POPULATE_WRITE = 23
+"""MADV_POPULATE_WRITE: the same for writing, and what is there stays."""
+
 _PIECE_BYTES = 64 << 20
 
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
@@ -96,6 +99,16 @@ def bring_in(array: npt.NDArray[Any], stop: threading.Event | None = None) -> No
             return
         if not _advise(start, size, _POPULATE_READ):
             _touch(array)
+            return
+
+
+def take(memory: npt.NDArray[Any], stop: threading.Event) -> None:
+    """Have the system give the pages of memory that was allocated, piece by piece until `stop` is set.
+
+    What is written meanwhile stays. A hint: where it is not known, pages come when they are written first.
+    """
+    for start, size in _pieces(memory):
+        if stop.is_set() or not _advise(start, size, _POPULATE_WRITE):
             return
 
 

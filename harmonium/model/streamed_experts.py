@@ -19,6 +19,7 @@ from harmonium.kernels.matmul import ExpertAdapter
 from harmonium.kernels.ops import rms_norm, router
 from harmonium.kernels.streamed import add_moe_parts, moe_parts
 from harmonium.model.expert_cache import ExpertCache
+from harmonium.model.guesses import GuessRecord
 from harmonium.model.streaming_memory import GUESS_ROWS, slot_bytes
 
 FloatArray = npt.NDArray[np.float32]
@@ -40,6 +41,7 @@ class ExpertStream:
         self.activations: Weights = weights
         self.layers = [expert_pieces(source, layer) for layer in range(config.num_layers)]
         self.cache = ExpertCache(self.layers, config.num_experts, num_slots, slot_bytes(config))
+        self.guesses = GuessRecord()
         T, A, D = max_batch_tokens, config.num_active_experts, config.hidden_size
         self.parts_TAD: FloatArray = np.zeros((T, A, D), np.float32)
         rows = min(GUESS_ROWS, T)
@@ -92,6 +94,7 @@ class StreamedExperts:
         cache, config = stream.cache, stream.config
         parts_TAD = stream.parts_TAD[: len(x_TD)]
         experts, num_tokens = np.unique(expert_id_TA, return_counts=True)
+        stream.guesses.judge(layer, experts)
         is_given = np.zeros(config.num_experts, bool)
         with closing(cache.use(layer, experts, num_tokens, lambda: self._guess(out_TD))) as groups:
             for group in groups:
@@ -126,7 +129,9 @@ class StreamedExperts:
         num_rows = len(rows_RD)
         normed_RD, id_RA = stream.normed_RD[:num_rows], stream.expert_id_RA[:num_rows]
         rms_norm(np.ascontiguousarray(rows_RD), norm_D, stream.config.rms_norm_eps, normed_RD)
-        router(normed_RD, weight_ED, bias_E, id_RA, stream.expert_weight_RA[:num_rows])
-        experts, counts = np.unique(id_RA, return_counts=True)
-        likeliest = experts[np.argsort(-counts, kind="stable")]
-        stream.cache.guess(self._layer + 1, likeliest.tolist(), GUESSES_PER_STEP)
+        weight_RA = stream.expert_weight_RA[:num_rows]
+        router(normed_RD, weight_ED, bias_E, id_RA, weight_RA)
+        chance_E = np.bincount(id_RA.ravel(), weight_RA.ravel(), stream.config.num_experts)
+        likeliest = np.argsort(-chance_E, kind="stable")[: np.count_nonzero(chance_E)]
+        chosen = stream.guesses.choose(self._layer + 1, likeliest, len(hidden_TD))
+        stream.cache.guess(self._layer + 1, chosen, GUESSES_PER_STEP)
