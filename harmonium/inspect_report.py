@@ -6,38 +6,17 @@ import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from harmonium.checkpoint.checkpoint import Checkpoint
 from harmonium.config import CACHE_BLOCK_TOKENS, EngineConfig
 from harmonium.engine.create import EnginePlan, plan_engine
 from harmonium.errors import MemoryPlanError
-from harmonium.kernels.matmul import measure_read_bandwidth
 from harmonium.kernels.runtime import configure
-from harmonium.model.costs import step_cost
 from harmonium.model.memory import MemoryPlan
+from harmonium.model.speed import MEASURED_BYTES, SpeedLimit, measure_speed_limit
 
 _NO_LIMIT_BYTES = 1 << 60
 
 _CACHES = {"bf16": "keys and values bf16", "int8": "keys and values int8 (a scale per 32)"}
-
-_MEASURED_BYTES = 256 << 20
-"""Beyond any cache."""
-
-
-@dataclass(frozen=True, slots=True)
-class SpeedLimit:
-    """What one answer's decoding cannot exceed: each token reads its weights once, from memory.
-
-    bytes_per_token: at a context of 1,024 tokens. read_bytes_per_second: of all threads, measured just now.
-    """
-
-    bytes_per_token: float
-    read_bytes_per_second: float
-
-    @property
-    def decode_tokens_per_second_at_most(self) -> float:
-        return self.read_bytes_per_second / self.bytes_per_token
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +64,7 @@ class InspectReport:
             "memory": {**asdict(memory), "total_bytes": memory.total_bytes},
             "fits": self.refusal is None,
             "refusal": self.refusal,
-            "speed": None
-            if self.speed is None
-            else {
-                **asdict(self.speed),
-                "decode_tokens_per_second_at_most": self.speed.decode_tokens_per_second_at_most,
-            },
+            "speed": None if self.speed is None else self.speed.to_json(),
         }
 
     def text(self) -> str:
@@ -98,19 +72,9 @@ class InspectReport:
         sections = [self._model(), self._run(), memory_table(self.plan.memory, len(self.plan.adapters))]
         if self.refusal is not None:
             sections.append(f"DOES NOT FIT: {self.refusal}\n")
-        sections.append(self._speed())
+        unknown = "speed      not looked at; harmonium bench MODEL measures it\n"
+        sections.append(unknown if self.speed is None else self.speed.text())
         return "\n".join(sections)
-
-    def _speed(self) -> str:
-        speed = self.speed
-        if speed is None:
-            return "speed      not looked at; harmonium bench MODEL measures it\n"
-        return (
-            f"speed      at most {speed.decode_tokens_per_second_at_most:.3g} tokens a second for one "
-            f"answer: a token reads {speed.bytes_per_token / 1e9:.3g} GB,\n"
-            f"           and memory gave {speed.read_bytes_per_second / 1e9:.3g} GB/s just now; "
-            "harmonium bench MODEL measures the model\n"
-        )
 
     def _model(self) -> str:
         checkpoint = self.plan.checkpoint
@@ -172,28 +136,21 @@ def inspect(path: Path, config: EngineConfig, origin: str | None = None) -> Insp
         plan = plan_engine(path, replace(config, memory_limit_bytes=_NO_LIMIT_BYTES))
         limit_bytes = config.memory_limit_bytes or plan.hardware.memory_available_bytes
         plan = replace(plan, memory=_least(plan.memory, limit_bytes))
-    plan.close()
-    return InspectReport(plan, refusal, origin, _speed_limit(plan) if refusal is None else None)
+    # Headers alone (origin) have no weights behind them that a disk could be measured with.
+    is_measurable = refusal is None and not (origin and plan.memory.streams_experts)
+    try:
+        speed = _speed_limit(plan) if is_measurable else None
+    finally:
+        plan.close()
+    return InspectReport(plan, refusal, origin, speed)
 
 
 def _speed_limit(plan: EnginePlan) -> SpeedLimit | None:
-    """Measure the memory for some tenths of a second; None where there is no room for that."""
-    resolved, checkpoint = plan.resolved, plan.checkpoint
-    if plan.hardware.memory_available_bytes < 4 * _MEASURED_BYTES:
+    """Of a plan that fits and is open; None where there is no room to measure it."""
+    if plan.hardware.memory_available_bytes < 4 * MEASURED_BYTES:
         return None
-    configure(resolved.isa, resolved.threads, plan.hardware.cores)
-    cost = step_cost(
-        checkpoint.config,
-        resolved.config.weights,
-        num_tokens=1,
-        num_sequences=1,
-        num_logit_rows=1,
-        context=1024,
-        experts=checkpoint.expert_format,
-        kv_cache=resolved.config.kv_cache,
-    )
-    data = np.ones(_MEASURED_BYTES, np.uint8)
-    return SpeedLimit(cost.bytes, measure_read_bandwidth(data, repeats=3))
+    configure(plan.resolved.isa, plan.resolved.threads, plan.hardware.cores)
+    return measure_speed_limit(plan.checkpoint, plan.resolved.config, plan.memory)
 
 
 def _least(memory: MemoryPlan, limit_bytes: int) -> MemoryPlan:

@@ -113,11 +113,15 @@ class DraftBudget:
             self._length = max(1, min(MAX_DRAFT_TOKENS, grown))
 
 
-def decode_cost(config: ModelConfig) -> Callable[[int], float]:
+def decode_cost(config: ModelConfig, streams_experts: bool = False) -> Callable[[int], float]:
     """What a step of so many tokens costs, in bytes read; more when arithmetic is the limit.
 
-    By the weights alone, experts chosen evenly (model.costs): only ratios are used.
+    By the weights alone, experts chosen evenly (model.costs): only ratios are used. streams_experts: by the
+    experts alone, for the disk takes so long that nothing else counts.
     """
+    if streams_experts:
+        share = config.num_active_experts / config.num_experts
+        return lambda num_tokens: 1 - (1 - share) ** num_tokens
 
     @lru_cache(maxsize=1024)
     def cost(num_tokens: int) -> float:

@@ -74,7 +74,7 @@ class LocalEngine:
             config.max_sequences,
             min(config.max_batch_tokens, runner.max_batch_tokens),
             PromptLookup() if config.speculation == "ngram" else None,
-            decode_cost(runner.config),
+            decode_cost(runner.config, getattr(runner, "expert_counts", None) is not None),
             PrefillPace(config.stall_seconds, config.max_batch_tokens) if config.stall_seconds else None,
         )
         self._adapters = AdapterTable(adapters)

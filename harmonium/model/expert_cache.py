@@ -26,8 +26,8 @@ from harmonium.kernels.matmul import allocate
 from harmonium.model.direct_reads import DirectReader, Range, Ticket, aligned
 from harmonium.model.streaming_memory import ALIGNMENT
 
-DECAY_PER_STEP = 1 / 64
-"""Halvings of a use's weight in a step of its layer."""
+DECAY_PER_STEP = 1 / 16
+"""Halvings of a use's weight in a step of its layer (measured, docs/performance.md)."""
 
 _NOWHERE = -1
 

@@ -93,3 +93,27 @@ def test_loaded_weights_are_resident_once(tmp_path: Path) -> None:
     # What one fault maps around it (64 KB) comes on top, for a handful of small tensors.
     assert experts <= resident_bytes(file) + 2 * mmap.PAGESIZE < experts + matrix / 4
     runner.close()
+
+
+def test_memory_that_is_taken_is_resident_and_keeps_what_is_in_it() -> None:
+    with mmap.mmap(-1, SIZE_BYTES) as memory:
+        array = np.frombuffer(memory, np.uint8)
+        array[5 * mmap.PAGESIZE] = 7
+        before = _own_resident_bytes()
+        pages.take(array, threading.Event())
+        assert array[5 * mmap.PAGESIZE] == 7 and int(array.sum()) == 7
+        grown = _own_resident_bytes() - before
+        assert grown > SIZE_BYTES // 2 or not pages._advise(array.ctypes.data, mmap.PAGESIZE, 23)
+        del array
+
+
+def test_taking_memory_ends_when_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = threading.Event()
+    stop.set()
+    monkeypatch.setattr(pages, "_advise", lambda *arguments: pytest.fail("a page was asked for"))
+    pages.take(np.zeros(10, np.uint8), stop)
+
+
+def _own_resident_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))

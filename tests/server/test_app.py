@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from harmonium.engine.statistics import EngineStatistics
+from harmonium.model.expert_cache import ExpertCounts
 from harmonium.server import ServerState
 from tests.scripted_chat import REASONED
-from tests.server.client import call, chat, error_of, make_state
+from tests.server.client import call, chat, engine_of, error_of, make_state
 
 
 def test_server_says_how_it_stands() -> None:
@@ -44,6 +46,23 @@ def test_model_has_all_its_names_and_no_other() -> None:
     assert chat(state).json()["model"] == "gpt-oss-20b"
     error = error_of(chat(state, model="gpt-4"), 404)
     assert (error["code"], error["param"]) == ("model_not_found", "model")
+
+
+def test_metrics_count_streamed_experts_where_there_are_some() -> None:
+    state = make_state(REASONED)
+    assert "expert" not in call(state, "GET", "/metrics").text
+    counts = ExpertCounts(hits=7, late_hits=2, misses=3, guesses=5, true_guesses=4, bytes_read=1 << 20)
+    engine_of(state).statistics = EngineStatistics(experts=counts)  # type: ignore[attr-defined]
+    text = call(state, "GET", "/metrics").text
+    for line in (
+        "hits_total 7.0",
+        "late_hits_total 2.0",
+        "misses_total 3.0",
+        "read_bytes_total 1.048576e+06",
+    ):
+        assert f"harmonium:expert_{line}\n" in text
+    for line in ("guesses_total 5.0", "true_guesses_total 4.0", "wait_seconds_total 0.0"):
+        assert f"harmonium:expert_{line}\n" in text
 
 
 def test_metrics_count_what_happened_under_vllm_s_names() -> None:
