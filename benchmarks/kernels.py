@@ -77,6 +77,15 @@ class Experts:
         self.down_bias = np.zeros((num_experts, WIDTH), np.uint16)
         self.bytes_per_expert = sum(a.nbytes for a in (*self.gate_up, *self.down)) // num_experts
 
+        self._packed = [self._tiles(*part) for part in (self.gate_up, self.down)]
+
+    def _tiles(self, blocks: matmul.U8, scales: matmul.U8) -> matmul.U8:
+        tiles, size = matmul.packed_shape(blocks.shape[1], WIDTH)
+        packed = matmul.allocate(self.num_experts * tiles * size).reshape(self.num_experts, tiles, size)
+        for expert, own in enumerate(packed):
+            matmul.pack_mxfp4(blocks[expert], scales[expert], own)
+        return packed
+
     def _matrix(self, rng: np.random.Generator, rows: int) -> tuple[matmul.U8, matmul.U8]:
         shape = (self.num_experts, rows, WIDTH // 32)
         blocks = matmul.allocate(int(np.prod(shape)) * 16).reshape(*shape, 16)
@@ -88,12 +97,22 @@ class Experts:
         up, down = (*self.gate_up, self.gate_up_bias), (*self.down, self.down_bias)
         matmul.moe_mxfp4(x, expert_id, weight, *up, *down, out, LIMIT, ALPHA, activations)
 
+    def add_packed(self, x: matmul.F32, expert_id: matmul.Int32, out: matmul.F32) -> None:
+        """The same from packed tiles, int8 activations."""
+        weight = np.full(expert_id.shape, 0.25, np.float32)
+        up, down = self._packed
+        matmul.moe_packed(
+            x, expert_id, weight, up, self.gate_up_bias, down, self.down_bias, out, LIMIT, ALPHA
+        )
+
 
 def _normal(*shape: int) -> npt.NDArray[np.float32]:
     return np.random.default_rng(1).standard_normal(shape).astype(np.float32)
 
 
-def _expert_case(experts: Experts, num_tokens: int, kind: str, activations: Activations) -> Case:
+def _expert_case(
+    experts: Experts, num_tokens: int, kind: str, activations: Activations, packed: bool = False
+) -> Case:
     """kind "decode": tokens that choose as differently as they can; "prefill": num_tokens for each expert."""
     if kind == "decode":
         step = num_tokens
@@ -108,10 +127,14 @@ def _expert_case(experts: Experts, num_tokens: int, kind: str, activations: Acti
     def run() -> None:
         # Other experts at every call: nothing may come from the cache.
         first = next(calls) * used
-        experts.add(x, (slots % used + first) % experts.num_experts, out, activations)
+        chosen = (slots % used + first) % experts.num_experts
+        if packed:
+            experts.add_packed(x, chosen, out)
+        else:
+            experts.add(x, chosen, out, activations)
 
     operations = 2 * step * NUM_ACTIVE * 3 * WIDTH * WIDTH
-    name = f"experts mxfp4 x {activations}, {kind} {num_tokens}"
+    name = f"experts {'packed' if packed else 'mxfp4'} x {activations}, {kind} {num_tokens}"
     return Case(name, run, used * experts.bytes_per_expert, operations, kind == "decode")
 
 
@@ -137,12 +160,14 @@ def _bf16_case(name: str, weight: matmul.Bf16, num_tokens: int, is_bound_by_memo
 
 
 def expert_cases() -> Iterator[Case]:
-    """Rows of the experts; their weights take 0.42 GB."""
+    """Rows of the experts; their weights take 0.84 GB, in files' order and in packed tiles."""
     experts = Experts(32, seed=2)
     for count in (1, 2, 4, 8):
         yield _expert_case(experts, count, "decode", "int8")
     for count in (2, 4, 8, 16, 32, 64, 256):
         yield _expert_case(experts, count, "prefill", "int8")
+    for kind, count in (("decode", 1), ("decode", 8), ("prefill", 16), ("prefill", 64), ("prefill", 256)):
+        yield _expert_case(experts, count, kind, "int8", packed=True)
     yield _expert_case(experts, 1, "decode", "bf16")
     yield _expert_case(experts, 64, "prefill", "bf16")
 

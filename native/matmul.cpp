@@ -224,9 +224,9 @@ std::vector<std::int64_t> run_ends(std::int64_t num_tiles, bool is_few) {
 }
 
 void add_chunks(std::int64_t expert, std::int64_t begin, std::int64_t end, std::vector<Chunk>& chunks) {
-  // Equal shares: 130 tokens are 65 and 65, not 128 and 2.
+  // Equal shares in whole tiles of the kernel: 140 tokens are 72 and 68, not 132 and 8.
   const std::int64_t parts = ceil_div(end - begin, kMaxTileTokens);
-  const std::int64_t share = parts ? round_up(ceil_div(end - begin, parts), 4) : 0;
+  const std::int64_t share = parts ? round_up(ceil_div(end - begin, parts), kTileTokens) : 0;
   for (std::int64_t at = begin; at < end; at += share) {
     chunks.push_back({expert, at, static_cast<int>(std::min(share, end - at))});
   }

@@ -14,7 +14,7 @@
 
 namespace harmonium {
 
-constexpr std::int64_t kMaxTileTokens = 128;  // tokens of a task: a decoded panel is used for so many
+constexpr std::int64_t kMaxTileTokens = 22 * kTileTokens;  // of a task: a decoded panel is used for so many
 
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 inline std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }

@@ -193,9 +193,45 @@ struct Ahead {
   }
 };
 
-// Tokens by panels. 32 registers: NT * NP integer and as many float sums, NP weights, one or two broadcasts, NP
-// scales; 4 by 2 and 8 by 1 fit, more spills.
-template <int NT, int NP>
+// Whether every float's exponent is far from both ends, so that those of two factors can be added: 2^-63 to 2^63.
+inline __attribute__((always_inline)) bool are_moderate(__m512i least, __m512i most) {
+  return _mm512_reduce_min_epu32(least) >= 64u << 23 && _mm512_reduce_max_epu32(most) < 191u << 23;
+}
+
+bool are_moderate(const uint8_t* panels, int num_panels, int64_t num_blocks) {
+  __m512i least = _mm512_set1_epi32(-1), most = _mm512_setzero_si512();
+  for (int p = 0; p < num_panels; ++p) {
+    const uint8_t* scales = panels + p * panel_bytes(num_blocks) + num_blocks * kPanelBlockBytes;
+    for (int64_t b = 0; b < num_blocks; ++b) {
+      const __m512i bits = _mm512_castps_si512(
+          expand_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales + b * kPanelRows * 2))));
+      least = _mm512_min_epu32(least, bits);
+      most = _mm512_max_epu32(most, bits);
+    }
+  }
+  return are_moderate(least, most);
+}
+
+bool are_moderate(const uint8_t* x, int64_t row_bytes, const int32_t* token, int num_tokens, int64_t num_blocks) {
+  __m512i least = _mm512_set1_epi32(-1), most = _mm512_setzero_si512();
+  for (int t = 0; t < num_tokens; ++t) {
+    const uint8_t* scale = x + token[t] * row_bytes + scale_offset(num_blocks);
+    for (int64_t b = 0; b < num_blocks; b += 16) {
+      const auto mask = static_cast<__mmask16>(num_blocks - b >= 16 ? 0xffff : (1 << (num_blocks - b)) - 1);
+      const __m512i bits = _mm512_maskz_loadu_epi32(mask, scale + b * 4);
+      least = _mm512_mask_min_epu32(least, mask, least, bits);
+      most = _mm512_max_epu32(most, bits);
+    }
+  }
+  return are_moderate(least, most);
+}
+
+// Tokens by panels. 32 registers: NT * NP integer and as many float sums, NP weights, a broadcast; 6 by 2 fit.
+//
+// kPower: weights' scales are powers of two (MXFP4's are), and all scales are moderate. Their product is then a sum of
+// exponents, which every vector unit can make; a multiplication would take a turn of the units that the integer
+// products need. The bits are the same.
+template <int NT, int NP, bool kPower>
 void panel_tile(const uint8_t* panels, int64_t num_blocks, const uint8_t* x, int64_t row_bytes, const int32_t* token,
                 Ahead& ahead, float* tile) {
   const uint8_t* row[NT];
@@ -226,8 +262,11 @@ void panel_tile(const uint8_t* panels, int64_t num_blocks, const uint8_t* x, int
     for (int p = 0; p < NP; ++p) {
       const __m512 scale = expand_bf16(_mm256_loadu_si256(
           reinterpret_cast<const __m256i*>(panels + p * stride + num_blocks * kPanelBlockBytes + b * kPanelRows * 2)));
+      const __m512i power = _mm512_sub_epi32(_mm512_castps_si512(scale), _mm512_set1_epi32(127 << 23));
       for (int t = 0; t < NT; ++t) {
-        const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(from_bits(dword(row[t] + scale_at + b * 4))));
+        const __m512i own = _mm512_set1_epi32(dword(row[t] + scale_at + b * 4));
+        const __m512 both = kPower ? _mm512_castsi512_ps(_mm512_add_epi32(power, own))
+                                   : _mm512_mul_ps(scale, _mm512_castsi512_ps(own));
         sum[t][p] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[t][p]), both, sum[t][p]);
       }
     }
@@ -237,24 +276,27 @@ void panel_tile(const uint8_t* panels, int64_t num_blocks, const uint8_t* x, int
   }
 }
 
-template <int NP>
+template <int NP, bool kPower>
 void panel_tiles(const uint8_t* panels, int64_t num_blocks, const uint8_t* x, int64_t row_bytes, const int32_t* token,
                  int num_tokens, Next next, float* tile) {
   using Fn = void (*)(const uint8_t*, int64_t, const uint8_t*, int64_t, const int32_t*, Ahead&, float*);
-  constexpr Fn by_count[4] = {panel_tile<1, NP>, panel_tile<2, NP>, panel_tile<3, NP>, panel_tile<4, NP>};
-  Ahead ahead(next, (num_tokens + 3) / 4 * num_blocks);
-  for (int t = 0; t < num_tokens; t += 4) {
-    const int count = num_tokens - t < 4 ? num_tokens - t : 4;
+  constexpr Fn by_count[kTileTokens] = {panel_tile<1, NP, kPower>, panel_tile<2, NP, kPower>,
+                                        panel_tile<3, NP, kPower>, panel_tile<4, NP, kPower>,
+                                        panel_tile<5, NP, kPower>, panel_tile<6, NP, kPower>};
+  Ahead ahead(next, (num_tokens + kTileTokens - 1) / kTileTokens * num_blocks);
+  for (int t = 0; t < num_tokens; t += kTileTokens) {
+    const int count = num_tokens - t < kTileTokens ? num_tokens - t : kTileTokens;
     by_count[count - 1](panels, num_blocks, x, row_bytes, token + t, ahead, tile + t * kTileRows);
   }
 }
 
-void panel_product(const uint8_t* panels, int num_panels, int64_t num_blocks, int, const uint8_t* x, int64_t row_bytes,
-                   const int32_t* token, int num_tokens, Next next, float* tile) {
-  if (num_panels == 2)
-    panel_tiles<2>(panels, num_blocks, x, row_bytes, token, num_tokens, next, tile);
-  else
-    panel_tiles<1>(panels, num_blocks, x, row_bytes, token, num_tokens, next, tile);
+void panel_product(const uint8_t* panels, int num_panels, int64_t num_blocks, int offset, const uint8_t* x,
+                   int64_t row_bytes, const int32_t* token, int num_tokens, Next next, float* tile) {
+  const bool is_power = offset == kMxfp4Offset && are_moderate(panels, num_panels, num_blocks) &&
+                        are_moderate(x, row_bytes, token, num_tokens, num_blocks);
+  const auto tiles = num_panels == 2 ? (is_power ? panel_tiles<2, true> : panel_tiles<2, false>)
+                                     : (is_power ? panel_tiles<1, true> : panel_tiles<1, false>);
+  tiles(panels, num_blocks, x, row_bytes, token, num_tokens, next, tile);
 }
 
 // 16 rows by NT tokens without a panel: weights are decoded in registers and used for all tokens at once.
