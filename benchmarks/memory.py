@@ -1,10 +1,15 @@
-"""Does the process take what the plan says? Loads a model, prefills a whole context, decodes, and looks.
+"""Does the process take what the plan says? Loads a model, prefills, decodes, and looks.
 
-    python benchmarks/memory.py MODEL [--weights int8] [--tokens 4096] [--json]
+    python benchmarks/memory.py MODEL [--tokens 4096] [--fill] [--weights int8] [--kv-cache bf16]
+        [--experts auto] [--context-length N] [--max-sequences 16] [--json]
 
 Prints the plan's parts, what the system counts as resident (peak and at the end), and plan over peak.
 Everything that a serving process holds is in it: the vocabulary and the libraries of the command line are
-loaded too.
+loaded too. The last token of --tokens is decoded alone, `decode_seconds` says in what time (the second of two
+such steps).
+
+--fill: compute only the first step's tokens; the blocks behind them get copies of its keys and values, up to
+--tokens. A prefill of 131,072 tokens takes an hour on two cores; memory and the last step are the same.
 """
 
 from __future__ import annotations
@@ -25,37 +30,42 @@ from harmonium.config import CACHE_BLOCK_TOKENS, EngineConfig, environment_confi
 from harmonium.harmony.vocabulary import vocabulary
 from harmonium.kernels.runtime import configure, supported_isa
 from harmonium.model.batch import Batch, RowSampling, SamplingParams
-from harmonium.model.memory import plan_memory
+from harmonium.model.memory import MemoryPlan, plan_memory
 from harmonium.model.native import NativeRunner
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The memory plan against what the process takes")
-    parser.add_argument("model")
-    parser.add_argument("--weights", default="int8", choices=("int8", "bf16"))
-    parser.add_argument("--tokens", type=int, default=4096, help="how far into the context to go")
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    settings: Any = {**environment_config(), "weights": options.weights}
-    engine = EngineConfig(**settings)
-    resolved = resolve(engine, probe_hardware(supported_isa()))
+    options = _options()
+    settings: Any = {
+        **environment_config(),
+        "weights": options.weights,
+        "kv_cache": options.kv_cache,
+        "experts": options.experts,
+        "context_length": options.context_length,
+        "max_sequences": options.max_sequences,
+    }
+    resolved = resolve(EngineConfig(**settings), probe_hardware(supported_isa()))
     configure(resolved.isa, resolved.threads)
     loaded = (vocabulary(), prompt_toolkit.__version__, rich.markdown.Markdown)
     checkpoint = open_checkpoint(options.model)
-    plan = plan_memory(
-        checkpoint.config, checkpoint.expert_format, engine, resolved.memory_limit_bytes, resolved.threads
-    )
+    engine, limit = resolved.config, resolved.memory_limit_bytes
+    plan = plan_memory(checkpoint.config, checkpoint.expert_format, engine, limit, resolved.threads)
     start = time.perf_counter()
     runner = NativeRunner(
-        checkpoint, engine.weights, engine.max_batch_tokens, packs_experts=plan.packs_experts
+        checkpoint,
+        engine.weights,
+        plan.max_batch_tokens or engine.max_batch_tokens,
+        packs_experts=plan.packs_experts,
+        num_expert_slots=plan.num_expert_slots,
+        kv_cache=engine.kv_cache,
     )
     load_seconds = time.perf_counter() - start
-    runner.wait_until_resident()
     runner.allocate_cache(plan.num_full_blocks, plan.num_window_blocks)
     last = min(options.tokens, plan.context_length) - 1
-    for position in range(0, last, engine.max_batch_tokens):
-        step(runner, position, min(engine.max_batch_tokens, last - position), plan.num_window_blocks)
-    step(runner, last, 1, plan.num_window_blocks)
+    # While experts are read and packed, as an answer would; the step after it meets them in their place.
+    use_cache(runner, plan, last, fills=options.fill)
+    runner.wait_until_resident()
+    decode_seconds = step(runner, last, 1, plan.num_window_blocks)
     peak, resident = resident_bytes()
     figures = {
         **asdict(plan),
@@ -64,6 +74,7 @@ def main() -> None:
         "resident_bytes": resident,
         "plan_over_peak": round(plan.total_bytes / peak, 4),
         "load_seconds": round(load_seconds, 2),
+        "decode_seconds": round(decode_seconds, 4),
     }
     assert loaded and runner.config is checkpoint.config
     if options.json:
@@ -73,10 +84,40 @@ def main() -> None:
         print(f"{name:20} {value / 1e9:8.3f} GB" if name.endswith("_bytes") else f"{name:20} {value:8}")
 
 
-def step(runner: NativeRunner, position: int, num_tokens: int, num_window_blocks: int) -> None:
-    """Tokens at these positions; one is sampled. Window blocks are used in turn, as an engine would."""
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="The memory plan against what the process takes")
+    parser.add_argument("model")
+    parser.add_argument("--weights", default="int8", choices=("int8", "bf16"))
+    parser.add_argument("--kv-cache", default="bf16", choices=("bf16", "int8"))
+    parser.add_argument("--experts", default="auto", choices=("auto", "mapped", "packed", "streamed"))
+    parser.add_argument("--context-length", type=int, metavar="N")
+    parser.add_argument("--max-sequences", type=int, default=16, metavar="N")
+    parser.add_argument("--tokens", type=int, default=4096, help="how far into the context to go")
+    parser.add_argument("--fill", action="store_true", help="copy the first step's blocks to the others")
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_args()
+
+
+def use_cache(runner: NativeRunner, plan: MemoryPlan, last: int, fills: bool) -> float:
+    """Positions up to `last`, the last one alone; the seconds of that step."""
+    chunk = runner.max_batch_tokens
+    for position in range(0, min(chunk, last) if fills else last, chunk):
+        step(runner, position, min(chunk, last - position), plan.num_window_blocks)
+    if fills:
+        num_computed = min(chunk, last) // CACHE_BLOCK_TOKENS
+        for block in range(num_computed, min(plan.num_full_blocks, last // CACHE_BLOCK_TOKENS + 1)):
+            assert runner.write_block("full", block, runner.read_block("full", block % num_computed))
+    return step(runner, last, 1, plan.num_window_blocks)
+
+
+def step(runner: NativeRunner, position: int, num_tokens: int, num_window_blocks: int) -> float:
+    """Tokens at these positions; one is sampled. Window blocks are used in turn, as an engine would.
+
+    Returns the step's seconds.
+    """
     rng = np.random.default_rng(position)
     blocks = np.arange(-(-(position + num_tokens) // CACHE_BLOCK_TOKENS), dtype=np.int32)[None]
+    start = time.perf_counter()
     runner.step(
         Batch(
             token_id_T=rng.integers(0, runner.config.vocabulary_size, num_tokens).astype(np.int32),
@@ -89,6 +130,7 @@ def step(runner: NativeRunner, position: int, num_tokens: int, num_window_blocks
             sampling=(RowSampling(SamplingParams(), uniform=0.5),),
         )
     )
+    return time.perf_counter() - start
 
 
 def resident_bytes() -> tuple[int, int]:

@@ -25,7 +25,7 @@ template <typename Chunk>
 struct Ahead : Plain {
   const Chunk* chunk;
   std::int64_t position;
-  void beside(std::int64_t k) const { chunk->ask(position, k); }
+  HARMONIUM_INLINE void beside(std::int64_t k) const { chunk->ask(position, k); }
 };
 
 // Values as they lie in the cache, from position `low` of the chunk.

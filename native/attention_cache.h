@@ -34,7 +34,7 @@ struct Bf16Chunk {
   }
 
   // Step k of head_size: a piece of the memory of kPair positions from the given one.
-  void ask(std::int64_t position, std::int64_t k) const {
+  HARMONIUM_INLINE void ask(std::int64_t position, std::int64_t k) const {
     const std::int64_t at = rows->at[position] * head_size + k * kPair;
     prefetch(keys + at);
     prefetch(values + at);
@@ -84,7 +84,7 @@ struct Int8Chunk {
   }
 
   // Keys at even steps, values at odd ones: half the bytes of bf16 take half the requests.
-  void ask(std::int64_t position, std::int64_t k) const {
+  HARMONIUM_INLINE void ask(std::int64_t position, std::int64_t k) const {
     const std::int64_t row = rows->at[position];
     prefetch((k & 1 ? values : keys) + row * head_size + k / 2 * 2 * kPair);
     if (k * 32 < kPair * groups) {

@@ -4,6 +4,10 @@
 
 #include <cstdint>
 
+// GCC takes a function that only prefetches for one without effect, and drops calls of it that it has not inlined yet:
+// such functions, and those that only call them, need this.
+#define HARMONIUM_INLINE __attribute__((always_inline)) inline
+
 namespace harmonium {
 
 // Positions of keys that are converted to float32 and scored at a time.

@@ -177,7 +177,7 @@ inline void transpose_keys(const std::int8_t* const* row, std::int64_t head_size
   }
 }
 
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+HARMONIUM_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 #include "ops_body.h"
 #include "attention_cache.h"

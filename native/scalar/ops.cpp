@@ -112,7 +112,7 @@ inline void transpose_keys(const std::int8_t* const* row, std::int64_t head_size
   }
 }
 
-inline void prefetch(const void* p) { __builtin_prefetch(p); }
+HARMONIUM_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 
 #include "ops_body.h"
 #include "attention_cache.h"
