@@ -186,7 +186,7 @@ def main() -> None:
                 f"by layer, halved in {steps}",
                 lambda slots, steps=steps: replay(uses, shape, slots, by_layer, 1 / steps),
             )
-            for steps in (4, 16, 64, 256)
+            for steps in (4, 16, 32, 64, 256)
         ),
         ("best possible", lambda slots: replay_best(uses, shape, slots)),
     ]

@@ -48,7 +48,7 @@ class Phase:
             "tokens_per_second": self.num_tokens / self.seconds,
             "limit_tokens_per_second": self.num_tokens / limit if limit else float("inf"),
             "share_of_limit": limit / self.seconds,
-            "in_memory": 1 - needed / expert_bytes / wanted,
+            "in_memory": 1 - needed / expert_bytes / wanted if wanted else float("nan"),
             "needed_mb_per_token": needed / 1e6 / self.num_tokens,
             "read_over_needed": counts.bytes_read / needed if needed else 1.0,
             "guesses": counts.guesses,
@@ -66,6 +66,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="decoded tokens that are")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--no-guess", action="store_true", help="read nothing ahead of need")
+    parser.add_argument(
+        "--mapped", action="store_true", help="use the files' pages instead: run it in a cgroup with a limit"
+    )
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     cores = probe_hardware(supported_isa()).cores
@@ -78,13 +81,15 @@ def main() -> None:
         2 * config.num_active_experts, int(options.share * config.num_layers * config.num_experts)
     )
     rates = [measure_disk_rate(layers, config.num_experts)]
+    if options.mapped:
+        num_slots = 0
     runner = NativeRunner(checkpoint, "int8", max(options.prompt, 1), num_expert_slots=num_slots)
-    if options.no_guess:
-        assert runner._stream is not None
+    if options.no_guess and runner._stream is not None:
         runner._stream.cache.guess = lambda *arguments: None  # type: ignore[method-assign]
     total = options.prompt + options.warm_up + options.tokens
     runner.allocate_cache(*[-(-total // CACHE_BLOCK_TOKENS)] * 2)
-    runner.wait_until_resident()
+    if not options.mapped:
+        runner.wait_until_resident()
     before = resident_bytes()
     prompt = run(runner, 0, [options.prompt])
     run(runner, options.prompt, [1] * options.warm_up)
@@ -116,13 +121,12 @@ def forget(layers: list[ExpertPieces]) -> None:
 
 def run(runner: NativeRunner, position: int, steps: list[int]) -> Phase:
     """Steps of so many tokens of one sequence, random ones, from this position on."""
-    assert runner.expert_counts is not None
-    before, start = runner.expert_counts, time.perf_counter()
+    before, start = runner.expert_counts or ExpertCounts(), time.perf_counter()
     for num_tokens in steps:
         if num_tokens:
             step(runner, position, num_tokens)
             position += num_tokens
-    seconds, after = time.perf_counter() - start, runner.expert_counts
+    seconds, after = time.perf_counter() - start, runner.expert_counts or ExpertCounts()
     names = ExpertCounts.__slots__
     counts = ExpertCounts(**{name: getattr(after, name) - getattr(before, name) for name in names})
     return Phase(seconds, sum(steps), counts)
