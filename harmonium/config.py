@@ -90,7 +90,8 @@ class EngineConfig:
         faster; "mapped" uses the files' pages, which the system can take back; "streamed" keeps some experts
         in memory and reads the others from the disk when they are needed; "auto" packs if there is room, and
         streams if they do not fit.
-    expert_memory_bytes: for streamed experts; None: what memory_limit_bytes leaves.
+    expert_memory_bytes: most that experts may take, which are streamed where they need more; None: what
+        memory_limit_bytes leaves.
     lora: adapters that requests may ask for.
     engine: "native", or "torch": PyTorch, slow on a CPU, needs harmonium[torch] and has no adapters.
     device: where PyTorch computes; engine "native" is the CPU's.

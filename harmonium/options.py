@@ -207,7 +207,7 @@ def _add_running(parent: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         "--expert-memory",
         type=memory_bytes,
         metavar="SIZE",
-        help="most that streamed experts may take; default: what else is free",
+        help="most that experts may take: streamed where they need more; default: what else is free",
     )
     group.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where --engine torch computes"

@@ -27,7 +27,17 @@ _COMMAND = (
     "import sys; sys.path[:] = filter(None, sys.path); from harmonium.__main__ import main; sys.exit(main())",
 )
 
-_PASSED_ON = ("weights", "kv_cache", "threads", "isa", "max_batch_tokens", "speculation", "memory_limit")
+_PASSED_ON = (
+    "weights",
+    "kv_cache",
+    "threads",
+    "isa",
+    "max_batch_tokens",
+    "speculation",
+    "experts",
+    "expert_memory",
+    "memory_limit",
+)
 
 
 def serve_words(

@@ -126,7 +126,10 @@ def plan_memory(
         )
     longest = min(AUTO_CONTEXT_TOKENS, config.max_context) if wanted is None else wanted
     planner = _Planner(config, expert_format, engine_config, memory_limit_bytes, threads, adapter_bytes)
-    if engine_config.experts == "streamed":
+    budget = engine_config.expert_memory_bytes
+    if engine_config.experts == "streamed" or (
+        budget is not None and budget < expert_bytes(config, expert_format)
+    ):
         return planner.with_experts_streamed(longest)
     plan = planner.plan(longest)
     if plan.total_bytes <= memory_limit_bytes:

@@ -27,10 +27,12 @@ def arguments(*words: str) -> argparse.Namespace:
 def test_options_reach_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("harmonium.evals.server_process._longest_context", lambda model: 131_072)
     given = arguments("--threads", "3", "--weights", "bf16", "--memory-limit", "14GiB")
+    given.experts, given.expert_memory = "streamed", 5 << 30
     words = serve_words("PATH", given, 6, 98_304)
     options = parse(words)
     assert (options.command, options.model, options.port) == ("serve", "PATH", 0)
     assert (options.threads, options.weights, options.memory_limit) == (3, "bf16", 14 << 30)
+    assert (options.experts, options.expert_memory) == ("streamed", 5 << 30)
     assert options.max_concurrency == 6
     assert options.context_length == 98_304 + 8_192
 

@@ -135,6 +135,8 @@ def test_experts_that_fit_are_not_streamed_unasked() -> None:
 def test_expert_memory_is_a_limit() -> None:
     chosen = plan(24 * GB, expert_memory_bytes=5 * GB)
     assert 5 * GB - slot_bytes(GPT_OSS_120B) < chosen.expert_bytes <= 5 * GB
+    assert plan(24 * GB, GPT_OSS_20B, expert_memory_bytes=5 * GB).streams_experts, "though all would fit"
+    assert not plan(24 * GB, GPT_OSS_20B, expert_memory_bytes=11 * GB).streams_experts
     with pytest.raises(
         ConfigError, match=r"expert_memory_bytes is 1,000; expected at least .* for 8 experts"
     ):
