@@ -38,7 +38,7 @@ Computing = Literal["native", "torch"]
 DeviceSetting = Literal["auto", "cpu", "cuda"]
 """Where PyTorch computes. auto: on a GPU where it finds one."""
 
-ATTENTION_NAMES = ("auto", "native", "flash3", "flash2", "sdpa", "flex", "eager")
+ATTENTION_NAMES = ("auto", "native", "triton", "flash3", "flash2", "sdpa", "flex", "eager")
 """Implementations of attention that can be asked for; model/attention.py says what each needs."""
 
 ISA_NAMES = ("scalar", "avx2", "avx512")

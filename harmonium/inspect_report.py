@@ -46,7 +46,8 @@ class InspectReport:
             },
             "machine": asdict(self.plan.hardware),
             "run": {
-                "weights": resolved.config.weights,
+                "engine": resolved.config.engine,
+                "weights": self._weights(),
                 "kv_cache": resolved.config.kv_cache,
                 "isa": resolved.isa,
                 "threads": resolved.threads,
@@ -107,13 +108,19 @@ class InspectReport:
             rows.append(("not used", f"{len(checkpoint.ignored)} tensors, such as {checkpoint.ignored[0]}"))
         return _table(rows)
 
+    def _weights(self) -> str:
+        """How dense weights are held: PyTorch's are in the dtype of its device, whatever is asked for."""
+        config = self.plan.resolved.config
+        return config.weights if config.engine == "native" else self.plan.attention.dtype
+
     def _run(self) -> str:
         resolved, hardware, memory = self.plan.resolved, self.plan.hardware, self.plan.memory
         reasons, config = resolved.reasons, resolved.config
         weights = {"int8": "int8 (a scale per 32; activations int8)", "bf16": "bf16, as in the checkpoint"}
+        held = weights.get(self._weights()) if config.engine == "native" else f"{self._weights()}, PyTorch"
         return _table(
             [
-                ("weights", f"{weights[config.weights]}; experts {self.plan.checkpoint.expert_format}"),
+                ("weights", f"{held}; experts {self.plan.checkpoint.expert_format}"),
                 ("kernels", f"{resolved.isa} ({reasons['isa']}; of {', '.join(hardware.isa)})"),
                 ("threads", f"{resolved.threads} ({reasons['threads']}: {len(hardware.cores)})"),
                 ("attention", str(self.plan.attention)),

@@ -402,6 +402,23 @@ def test_inspect_says_what_would_run_and_why(model: Path, capsys: pytest.Capture
         assert expected in text
 
 
+def test_inspect_says_what_computes_attention_and_why(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["inspect", str(model)]) == 0
+    assert "\nattention    native (our paged attention; sinks and windows" in capsys.readouterr().out
+    assert cli.main(["inspect", str(model), "--attention", "sdpa"]) == 2
+    assert "attention is 'sdpa' and engine is 'native'; expected 'auto'" in capsys.readouterr().err
+    pytest.importorskip("torch", reason="the extra [torch] is not installed")
+    torch = ["inspect", str(model), "--engine", "torch", "--device", "cpu", "--attention"]
+    assert cli.main([*torch, "sdpa"]) == 0
+    text = capsys.readouterr().out
+    assert "\nattention    sdpa on cpu, float32 (asked for; sinks as one more key without a value)" in text
+    assert "float32, PyTorch; experts mxfp4" in text
+    assert cli.main([*torch, "flash3", "--json"]) == 2
+    assert "attention is 'flash3', which needs a device of kind cuda" in capsys.readouterr().err
+
+
 def test_inspect_json_adds_up(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["inspect", str(model), "--json"]) == 0
     record = json.loads(capsys.readouterr().out)

@@ -121,6 +121,16 @@ TABLE = (
         dtypes=("float32",),
     ),
     Implementation(
+        name="triton",
+        summary="our Triton kernel over the paged cache",
+        engine="torch",
+        devices=("cuda",),
+        sinks="inside",
+        dtypes=("float32", "bfloat16"),
+        capabilities=((8, 0), _LATEST),
+        packages=("triton",),
+    ),
+    Implementation(
         name="flash3",
         summary="FlashAttention 3",
         engine="torch",
@@ -171,7 +181,7 @@ NAMES = tuple(row.name for row in TABLE)
 AUTO_ORDER: Mapping[DeviceKind, tuple[str, ...]] = {
     # Keys are in place on a CPU: eager looks at a window layer's window alone, and has been tested longest.
     "cpu": ("eager", "sdpa"),
-    "cuda": ("flash3", "flash2", "sdpa", "flex", "eager"),
+    "cuda": ("triton", "flash3", "flash2", "sdpa", "flex", "eager"),
     "rocm": ("sdpa", "eager"),
 }
 """What "auto" tries, best first. Each ends in one that runs on every device of its kind."""
@@ -179,17 +189,22 @@ AUTO_ORDER: Mapping[DeviceKind, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class AttentionChoice:
-    """What computes attention. reason: why this one, for the log and `inspect`."""
+    """What computes attention. reason: why this one, for the log and `inspect`.
+
+    has_triton_experts: MXFP4 experts are multiplied by our Triton kernels too, whatever computes attention.
+    """
 
     name: str
     device: Device
     dtype: Dtype
     reason: str
+    has_triton_experts: bool = False
 
     def __str__(self) -> str:
         if self.name == "native":
             return f"native ({self.reason})"
-        return f"{self.name} on {self.device}, {self.dtype} ({self.reason})"
+        experts = "; MXFP4 experts by Triton" if self.has_triton_experts else ""
+        return f"{self.name} on {self.device}, {self.dtype} ({self.reason}{experts})"
 
 
 NATIVE = AttentionChoice(
@@ -214,7 +229,14 @@ def choose_attention(name: str, case: Case) -> AttentionChoice:
             raise ConfigError(f"attention is {name!r} and engine is 'torch'; expected {_one_of(case)}")
         trouble = row.obstacle(case)
         if trouble is None:
-            return AttentionChoice(row.name, case.device, case.dtype, _reason(row, case, name, passed_over))
+            return AttentionChoice(
+                name=row.name,
+                device=case.device,
+                dtype=case.dtype,
+                reason=_reason(row, case, name, passed_over),
+                has_triton_experts=row.name == "triton"
+                or (case.device.kind != "cpu" and rows["triton"].obstacle(case) is None),
+            )
         passed_over.append(f"{row.name} {trouble}")
     assert name != "auto", f"nothing runs on {case.device}"
     raise ConfigError(f"attention is {name!r}, which {trouble}; expected {_one_of(case)}")

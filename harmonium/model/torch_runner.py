@@ -2,11 +2,13 @@
 
 The same modules as in training, so that what was trained can be served and compared without an export. What
 computes attention is model.attention's choice: most implementations take a sequence's keys gathered from
-their blocks in each layer of a step.
+their blocks in each layer of a step; the Triton kernel reads the blocks where they lie.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -25,12 +27,16 @@ from harmonium.model.torch import TorchModel
 from harmonium.model.torch_backends import GATHERED
 from harmonium.model.torch_device import torch_device
 
+_TRITON = "harmonium.model.torch_triton"
+"""Of the modules with our Triton kernels."""
+
 
 class TorchRunner:
     """Runs a TorchModel. Implements model.runner.Runner.
 
     The cache has the model's dtype and device. checkpoint: closed with the runner, where one is given.
-    attention: one of model.attention's names, which must run on the model's device.
+    attention: one of model.attention's names, which must run on the model's device. triton_experts: multiply
+    MXFP4 experts with our Triton kernels.
     """
 
     def __init__(
@@ -39,12 +45,19 @@ class TorchRunner:
         max_batch_tokens: int = 512,
         checkpoint: Checkpoint | None = None,
         attention: str = "eager",
+        triton_experts: bool = False,
     ) -> None:
         self._model: TorchModel | None = model
         self._config = model.config
         self._max_batch_tokens = max_batch_tokens
         self._checkpoint = checkpoint
-        self._mix = GATHERED[attention]
+        # Triton is an extra, so its modules are imported where they are asked for.
+        self._paged: Any = import_module(f"{_TRITON}_attention") if attention == "triton" else None
+        self._mix = GATHERED.get(attention)
+        assert (self._mix is None) is (self._paged is not None), attention
+        self._experts: Any = None
+        if triton_experts and model.experts == "mxfp4":
+            self._experts = import_module(f"{_TRITON}_experts").triton_experts
         self._caches: list[tuple[Tensor, Tensor]] = []
 
     @property
@@ -73,13 +86,17 @@ class TorchRunner:
         device = model.lm_head.weight.device
         cos_TK2, sin_TK2 = model.angles(batch.position_T)
         hidden_TD: Tensor = model.model.embed_tokens(_ids(batch.token_id_T, device))
+        tiles = self._tiles(batch, device) if self._paged is not None else {}
         for index, layer in enumerate(model.model.layers):
             attention: Any = layer.self_attn
             query, key, value = attention.project(layer.input_layernorm(hidden_TD), cos_TK2, sin_TK2)  # type: ignore[operator]
             self._store(index, batch, key, value)
-            mixed_THK = self._attend(index, batch, attention.sinks, query)
+            if self._paged is not None:
+                mixed_THK = self._attend_paged(index, tiles, attention.sinks, query)
+            else:
+                mixed_THK = self._attend(index, batch, attention.sinks, query)
             hidden_TD = hidden_TD + attention.o_proj(mixed_THK.flatten(1))
-            hidden_TD = hidden_TD + layer.mlp(layer.post_attention_layernorm(hidden_TD))[0]  # type: ignore[operator]
+            hidden_TD = hidden_TD + self._feed_forward(layer.mlp, layer.post_attention_layernorm(hidden_TD))  # type: ignore[operator]
         hidden_RD = model.model.norm(hidden_TD.index_select(0, _ids(batch.logit_row_R, device)))
         logits_RV = np.ascontiguousarray(model.lm_head(hidden_RD).float().cpu().numpy())
         return StepResult(sample_rows(logits_RV, batch.sampling), logits_RV if batch.wants_logits else None)
@@ -100,11 +117,46 @@ class TorchRunner:
         for cache, new in zip(self._caches[index], (key_TGK, value_TGK), strict=True):
             cache.flatten(0, 1).index_copy_(0, rows, new)
 
+    def _tiles(self, batch: Batch, device: torch.device) -> dict[LayerKind, Any]:
+        """How the step's queries are cut, for each kind of layer: the same in all of them."""
+        config = self._config
+        return {
+            kind: self._paged.lay_out(
+                batch.position_T,
+                batch.query_start_S1,
+                _block_table(batch, kind),
+                config.window if kind == "window" else 0,
+                config.num_heads,
+                config.num_kv_heads,
+                device,
+            )
+            for kind in dict.fromkeys(config.layer_kinds)
+        }
+
+    def _attend_paged(
+        self, index: int, tiles: Mapping[LayerKind, Any], sink_H: Tensor, query_THK: Tensor
+    ) -> Tensor:
+        kind, scale = self._config.layer_kinds[index], self._config.head_size**-0.5
+        mixed: Tensor = self._paged.paged_attention(
+            query_THK, *self._caches[index], sink_H, tiles[kind], scale
+        )
+        return mixed
+
+    def _feed_forward(self, mlp: Any, x_TD: Tensor) -> Tensor:
+        out: Tensor
+        if self._experts is None:
+            out, _ = mlp(x_TD)
+        else:
+            _, expert_id_TA, weight_TA = mlp.router(x_TD)
+            out = self._experts(mlp.experts, x_TD, expert_id_TA, weight_TA)
+        return out
+
     def _attend(self, index: int, batch: Batch, sink_H: Tensor, query_THK: Tensor) -> Tensor:
         """Each sequence against its own blocks, those before the window left out: [T, H, K]."""
         kind = self._config.layer_kinds[index]
         table_SB, device = _block_table(batch, kind), query_THK.device
         window, scale = self._config.window if kind == "window" else 0, self._config.head_size**-0.5
+        assert self._mix is not None
         answers = []
         for s, context in enumerate(batch.context_length_S.tolist()):
             rows = slice(int(batch.query_start_S1[s]), int(batch.query_start_S1[s + 1]))
@@ -136,4 +188,10 @@ def load_torch_runner(
     """A checkpoint on the chosen device; MXFP4 experts stay in its map on a CPU. Sets PyTorch's threads."""
     torch.set_num_threads(threads)
     model = TorchModel.from_checkpoint(checkpoint, getattr(torch, attention.dtype)).requires_grad_(False)
-    return TorchRunner(model.to(torch_device(attention.device)), max_batch_tokens, checkpoint, attention.name)
+    return TorchRunner(
+        model.to(torch_device(attention.device)),
+        max_batch_tokens,
+        checkpoint,
+        attention.name,
+        attention.has_triton_experts,
+    )

@@ -109,8 +109,11 @@ class Driver:
         runner: Any = self.runner
         for kind, cache in zip(runner.config.layer_kinds, runner._caches, strict=True):
             if kind == "window":
-                for array in cache.arrays:
-                    array[block] = 0x7FC0 if array.dtype == np.uint16 else 99
+                for array in getattr(cache, "arrays", cache):  # TorchRunner's is a pair of tensors
+                    if isinstance(array, np.ndarray):
+                        array[block] = 0x7FC0 if array.dtype == np.uint16 else 99
+                    else:
+                        array[block] = float("nan")
 
 
 def _table(blocks: list[list[int]]) -> npt.NDArray[np.int32]:

@@ -95,6 +95,9 @@ def test_forced_one_runs_or_names_what_is_missing(device: Device, name: str) -> 
     [
         ("flash3", Device("cuda", (8, 0)), "all", "needs compute capability 9.x, and this device has 8.0"),
         ("flash3", Device("cuda", (12, 0)), "all", "needs compute capability 9.x, and this device has 12.0"),
+        ("triton", Device("cuda", (7, 5)), "all", "needs compute capability 8.0 or later"),
+        ("triton", Device("cuda", (9, 0)), "torch", "needs triton, which is not installed"),
+        ("triton", Device("cpu"), "all", "needs a device of kind cuda, and this is cpu"),
         ("flash2", Device("cuda", (8, 0)), "broken", "needs flash_attn, which does not import (ImportError"),
         ("flash3", Device("cuda", (9, 0)), "broken", "needs flash_attn_interface, which is too old"),
         ("flash2", Device("rocm"), "all", "needs a device of kind cuda, and this is rocm"),
@@ -112,6 +115,12 @@ def test_float32_rules_flash_attention_out() -> None:
         choose_attention("flash2", Case(Device("cuda", (9, 0)), "float32", PACKAGES["all"]))
 
 
+def test_interpreted_triton_runs_on_a_cpu_when_it_is_asked_for_and_never_unasked() -> None:
+    case = Case(Device("cpu"), "float32", PACKAGES["all"], is_interpreted=True)
+    assert choose_attention("triton", case).name == "triton"
+    assert choose_attention("auto", case).name == "eager"
+
+
 def test_cards_without_bf16_products_get_float32() -> None:
     assert [device.dtype for device in DEVICES] == ["float32"] * 3 + ["bfloat16"] * 7
 
@@ -124,7 +133,7 @@ def test_options_know_every_row() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"attention": "xformers"}, "attention is 'xformers'; expected one of auto, native, "),
+        ({"attention": "xformers"}, "attention is 'xformers'; expected one of auto, native, triton"),
         ({"device": "tpu"}, "device is 'tpu'; expected 'auto', 'cpu' or 'cuda'"),
         ({"device": "cuda"}, "device is 'cuda' and engine is 'native'"),
     ],
