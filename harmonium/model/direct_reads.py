@@ -129,6 +129,7 @@ class DirectReader:
             if ticket in self._ahead:
                 self._ahead.remove(ticket)
                 self._urgent.append(ticket)
+                self._changed.notify_all()
 
     def cancel(self, ticket: Ticket) -> None:
         """Read no more of it. Its memory is free once it is over; the reads under way go on till then."""
@@ -180,10 +181,10 @@ class DirectReader:
             is_ahead = not self._urgent
             queue = self._ahead if is_ahead else self._urgent
             ticket = queue[0]
+            ticket._num_running += 1  # first: `is_over` is looked at without the lock
             chunk = ticket._chunks.popleft()
             if not ticket._chunks:
                 queue.popleft()
-            ticket._num_running += 1
             self._num_ahead += is_ahead
             return ticket, chunk, is_ahead
 
@@ -193,18 +194,18 @@ class DirectReader:
             error = None
             try:
                 self._read(chunk)
-            except OSError as failure:
-                error = CheckpointError(f"{chunk.file}: cannot be read at byte {chunk.offset:,} ({failure})")
             except CheckpointError as failure:
                 error = failure
+            except Exception as failure:  # whatever it is: nobody may wait for a thread that is gone
+                error = CheckpointError(f"{chunk.file}: cannot be read at byte {chunk.offset:,} ({failure})")
             with self._changed:
-                ticket._num_running -= 1
                 self._num_ahead -= is_ahead
                 if error is None:
                     self.bytes_read += chunk.nbytes
                 else:
                     ticket.error = ticket.error or error
                     self._drop_rest(ticket)
+                ticket._num_running -= 1  # last: who sees that it is over must see the error
                 if ticket.is_over:
                     self._changed.notify_all()
 

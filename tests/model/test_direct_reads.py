@@ -17,6 +17,7 @@ from harmonium.errors import CheckpointError
 from harmonium.kernels.matmul import allocate
 from harmonium.model.direct_reads import DirectReader, Range, Ticket, aligned
 from harmonium.model.streaming_memory import ALIGNMENT
+from tests.engine.serving import wait_until
 
 SIZE_BYTES = 5 * ALIGNMENT + 777
 BYTES = np.random.default_rng(0).integers(0, 256, SIZE_BYTES, np.uint8)
@@ -106,6 +107,20 @@ def test_what_is_needed_overtakes_what_is_probable(file: Path, monkeypatch: pyte
     reading.finish(first, probable, hurried, needed)
     reading.reader.close()
     assert [offset // ALIGNMENT for offset in gate.offsets] == [0, 3, 2, 1]
+
+
+def test_what_is_hurried_is_read_by_every_thread(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is only probable has two readers; the others must wake when it turns out to be needed."""
+    reading = Reading(file, num_threads=5)
+    gate = Gate(monkeypatch)
+    ticket = reading.submit(0, 5 * ALIGNMENT, urgent=False)
+    wait_until(lambda: len(gate.offsets) == 2)
+    reading.reader.hurry(ticket)
+    wait_until(lambda: len(gate.offsets) == 5)
+    gate.open.set()
+    reading.finish(ticket)
+    reading.reader.close()
+    np.testing.assert_array_equal(reading.found(0, 5 * ALIGNMENT), BYTES[: 5 * ALIGNMENT])
 
 
 def test_of_a_cancelled_range_no_more_is_read(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -155,3 +157,57 @@ def test_consumer_that_stops_leaves_no_slot_held(six: Experts) -> None:
         next(groups)
         groups.close()
     six.use(1, *range(6))
+
+
+def check_books(cache: ExpertCache) -> None:
+    """Every slot is free, ending, or one expert's, and nothing else says so."""
+    held = list(cache._slot_of.values())
+    assert sorted([*held, *cache._free, *cache._ending]) == list(range(len(cache._slots)))
+    for (layer, expert), index in cache._slot_of.items():
+        assert (cache._slots[index].layer, cache._slots[index].expert) == (layer, expert)
+        assert tuple(cache._owner[index]) == (layer, expert)
+    assert not cache._may_go[[*cache._free, *cache._ending]].any()
+    assert cache._guesses <= set(held)
+
+
+@pytest.mark.parametrize("num_slots", [1, 2, 5, 11, 31, 40])
+def test_storm_of_steps_guesses_failures_and_departures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_slots: int
+) -> None:
+    rng = np.random.default_rng(num_slots)
+    experts = Experts(tmp_path, num_slots)
+    cache, real = experts.cache, os.preadv
+    fails = np.zeros(1, bool)
+
+    def preadv(*arguments: Any) -> int:
+        if fails[0]:
+            raise OSError(5, "Input/output error")
+        return real(*arguments)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    for turn in range(150):
+        layer = turn % NUM_LAYERS
+        wanted = rng.choice(NUM_EXPERTS, int(rng.integers(1, NUM_EXPERTS + 1)), replace=False)
+        fails[0] = turn % 17 == 5
+        if rng.random() < 0.7:
+            guessed = rng.permutation(NUM_EXPERTS)[:4].tolist()
+            cache.guess((layer + 1) % NUM_LAYERS, guessed, int(rng.integers(1, 5)))
+        kind = rng.random()
+        try:
+            if kind < 0.15:
+                groups = cache.use(layer, wanted, np.ones(len(wanted), np.int64))
+                next(groups)
+                groups.close()
+            else:
+                experts.use(layer, *wanted.tolist(), counts=rng.integers(1, 99, len(wanted)).tolist())
+        except CheckpointError:
+            pass  # a read that failed earlier, of a guess, is told when its expert is wanted
+        check_books(cache)
+    for slot in cache._slots:  # nothing may fail after this
+        if slot.ticket is not None:
+            cache._reader.wait_any([slot.ticket])
+    fails[0] = False
+    for layer in range(NUM_LAYERS):
+        experts.use(layer, *range(NUM_EXPERTS))
+    check_books(cache)
+    cache.close()
