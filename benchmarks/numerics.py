@@ -1,18 +1,19 @@
 """What int8 costs: logits with int8 dense weights and activations against those with bf16, same
-checkpoint.
+checkpoint; and with an int8 cache against a bf16 one.
 
-python benchmarks/numerics.py MODEL [--prompts 1] [--length 64] [--layers 1,2,24] [--reference 0] [--json]
+python benchmarks/numerics.py MODEL [--prompts 1] [--length 64] [--layers 1,2,24] [--reference 0]
+    [--text FILE] [--json]
 
-Prompts are random tokens, the same every time. Figures are over all positions: relative error (root mean
-square difference over root mean square logits), typical error (its median over positions),
-Kullback-Leibler divergence of the next token's distribution in nats, how often the best token is the same,
-and how often the best token of the one is among the five best of the other. Each depth is the model cut to
-its first layers: with random weights a difference grows from layer to layer, and full depth shows that
-growth more than its cause.
+Prompts are random tokens, the same every time; with --text the file's first tokens, cut into prompts.
+Figures are over all positions: relative error (root mean square difference over root mean square logits),
+typical error (its median over positions), Kullback-Leibler divergence of the next token's distribution in
+nats, how often the best token is the same, and how often the best token of the one is among the five best of
+the other. Each depth is the model cut to its first layers: with random weights a difference grows from layer
+to layer, and full depth shows that growth more than its cause.
 
-The second row of a depth is the control: bf16 on another instruction set, where only the order of sums
-differs. --reference N: N tokens through the NumPy reference in float32 too, which is slow on a full-size
-model.
+The second row of a depth is the cache (weights bf16 in both). The third is the control: bf16 on another
+instruction set, where only the order of sums differs. --reference N: N tokens through the NumPy reference in
+float32 too, which is slow on a full-size model.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,11 +31,13 @@ from harmonium.checkpoint import Checkpoint, open_checkpoint
 from harmonium.config import (
     CACHE_BLOCK_TOKENS,
     EngineConfig,
+    KvCache,
     Weights,
     environment_config,
     probe_hardware,
     resolve,
 )
+from harmonium.harmony.vocabulary import vocabulary
 from harmonium.kernels.runtime import configure, supported_isa
 from harmonium.model.batch import Batch
 from harmonium.model.native import NativeRunner
@@ -50,8 +54,7 @@ def main() -> None:
     with open_checkpoint(options.model) as checkpoint:
         config = checkpoint.config
     depths = [int(part) for part in options.layers.split(",")] if options.layers else [config.num_layers]
-    raw = np.asarray(np.random.PCG64(0).random_raw((options.prompts, options.length)))
-    prompts = (raw % np.uint64(config.vocabulary_size)).astype(np.int32)
+    prompts = _prompts(options, config.vocabulary_size)
     for depth in depths:
         for title, row in measure(options, prompts, depth, resolved.isa, resolved.threads):
             if options.json:
@@ -61,12 +64,25 @@ def main() -> None:
                 print(f"{depth} layers, {title}: {figures}", flush=True)
 
 
+def _prompts(options: argparse.Namespace, vocabulary_size: int) -> Prompts:
+    """[prompts, length] token ids."""
+    if options.text is None:
+        raw = np.asarray(np.random.PCG64(0).random_raw((options.prompts, options.length)))
+        return (raw % np.uint64(vocabulary_size)).astype(np.int32)
+    tokens = vocabulary().encode(options.text.read_text())
+    num_tokens = options.prompts * options.length
+    if len(tokens) < num_tokens:
+        raise SystemExit(f"{options.text} has {len(tokens):,} tokens; expected {num_tokens:,}")
+    return np.array(tokens[:num_tokens], np.int32).reshape(options.prompts, options.length)
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="What int8 costs in logits")
     parser.add_argument("model")
     parser.add_argument("--prompts", type=int, default=1)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--layers", default="", help="depths to cut the model to, comma-separated")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="prompts from a text, not random tokens")
     parser.add_argument("--reference", type=int, default=0, metavar="N")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
@@ -79,7 +95,8 @@ def measure(
     configure(isa, threads)
     bf16 = native_logits(options.model, depth, "bf16", prompts)
     int8 = native_logits(options.model, depth, "int8", prompts)
-    rows = [("int8 against bf16", compare(int8, bf16))]
+    cache = native_logits(options.model, depth, "bf16", prompts, "int8")
+    rows = [("int8 against bf16", compare(int8, bf16)), ("int8 cache against bf16", compare(cache, bf16))]
     others = [name for name in supported_isa() if name not in (isa, "scalar")]
     if others:
         configure(others[-1], threads)
@@ -102,11 +119,13 @@ def cut_checkpoint(model: str, depth: int) -> Checkpoint:
     return checkpoint
 
 
-def native_logits(model: str, depth: int, weights: Weights, prompts: Prompts) -> Logits:
+def native_logits(
+    model: str, depth: int, weights: Weights, prompts: Prompts, kv_cache: KvCache = "bf16"
+) -> Logits:
     """Logits after every token of every prompt, one below the other."""
     length = prompts.shape[1]
     num_blocks = -(-length // CACHE_BLOCK_TOKENS)
-    runner = NativeRunner(cut_checkpoint(model, depth), weights, max_batch_tokens=length)
+    runner = NativeRunner(cut_checkpoint(model, depth), weights, max_batch_tokens=length, kv_cache=kv_cache)
     runner.allocate_cache(num_blocks, num_blocks)
     blocks = np.arange(num_blocks, dtype=np.int32)[None]
     logits = []

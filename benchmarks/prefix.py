@@ -1,7 +1,7 @@
 """How soon does an answer begin when its prompt was seen before?
 
-    python benchmarks/prefix.py MODEL [--tokens 4000] [--prompts 3] [--kv-cache bf16] [--cache-dir DIR]
-        [--json]
+    python benchmarks/prefix.py MODEL [--tokens 4000] [--prompts 3] [--kv-cache bf16] [--experts auto]
+        [--cache-dir DIR] [--json]
 
 Three times to the first token, each the median over the prompts (random tokens, all different):
 
@@ -63,6 +63,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=4000, help="length of a prompt")
     parser.add_argument("--prompts", type=int, default=3, help="how many are measured")
     parser.add_argument("--kv-cache", choices=("bf16", "int8"), default="bf16")
+    parser.add_argument("--experts", choices=("auto", "mapped", "packed"), default="auto")
     parser.add_argument("--cache-dir", metavar="DIR", help="default: a temporary folder")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--part", choices=("first", "second"), help=argparse.SUPPRESS)
@@ -83,6 +84,7 @@ async def _part(options: argparse.Namespace) -> dict[str, Any]:
         context_length=options.tokens + 64,
         max_sequences=1,
         kv_cache=options.kv_cache,
+        experts=options.experts,
         cache_dir=options.cache_dir,
         cache_limit_bytes=1 << 40,
         speculation="off",
