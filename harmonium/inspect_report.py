@@ -141,7 +141,9 @@ def inspect(path: Path, config: EngineConfig, origin: str | None = None) -> Insp
     except MemoryPlanError as error:
         refusal = str(error)
         plan = plan_engine(path, replace(config, memory_limit_bytes=_NO_LIMIT_BYTES))
-        limit_bytes = config.memory_limit_bytes or plan.hardware.memory_available_bytes
+        device = plan.attention.device
+        there = plan.hardware.memory_available_bytes if device.kind == "cpu" else device.free_bytes
+        limit_bytes = config.memory_limit_bytes or there
         plan = replace(plan, memory=_least(plan.memory, limit_bytes))
     # Headers alone (origin) have no weights behind them that a disk could be measured with.
     is_measurable = refusal is None and not (origin and plan.memory.streams_experts)
@@ -153,7 +155,9 @@ def inspect(path: Path, config: EngineConfig, origin: str | None = None) -> Insp
 
 
 def _speed_limit(plan: EnginePlan) -> SpeedLimit | None:
-    """Of a plan that fits and is open; None where there is no room to measure it."""
+    """Of a plan that fits and is open; None where there is no room to measure it, and for a GPU."""
+    if plan.attention.device.kind != "cpu":
+        return None
     if plan.hardware.memory_available_bytes < 4 * MEASURED_BYTES:
         return None
     configure(plan.resolved.isa, plan.resolved.threads, plan.hardware.cores)

@@ -28,7 +28,7 @@ from harmonium.engine.local import LocalEngine
 from harmonium.errors import CheckpointError, ConfigError, MemoryPlanError
 from harmonium.kernels.runtime import configure, supported_isa
 from harmonium.model.adapter_memory import adapter_bytes
-from harmonium.model.attention import NATIVE, AttentionChoice, choose_attention
+from harmonium.model.attention import NATIVE, AttentionChoice
 from harmonium.model.memory import MemoryPlan, plan_memory
 from harmonium.model.native import NativeRunner
 from harmonium.model.runner import Runner
@@ -91,9 +91,9 @@ def plan_engine(path: str | Path, config: EngineConfig | None = None) -> EngineP
 def _choose_attention(config: EngineConfig) -> AttentionChoice:
     """Raises ConfigError for a device or an implementation that cannot be had here."""
     if config.engine == "torch":
-        from harmonium.model.torch_device import probe_case  # here: PyTorch is an extra
+        from harmonium.model.torch_trial import choose_for_machine  # here: PyTorch is an extra
 
-        return choose_attention(config.attention, probe_case(config.device))
+        return choose_for_machine(config.attention, config.device)
     if config.attention not in ("auto", NATIVE.name):
         raise ConfigError(
             f"attention is {config.attention!r} and engine is 'native'; expected 'auto' or 'native', "

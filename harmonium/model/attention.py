@@ -11,7 +11,7 @@ them). docs/attention.md has the table in words.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from harmonium.config import Computing
@@ -65,6 +65,7 @@ class Case:
 
     packages: an installed package -> "", or why it cannot be used; one that is not there is not installed.
     is_interpreted: Triton's kernels run in its interpreter (TRITON_INTERPRET=1), so on any device.
+    failed: what was tried on this device and cannot be trusted -> why (model/torch_trial.py).
     """
 
     device: Device
@@ -73,6 +74,7 @@ class Case:
     has_sinks: bool = True
     has_window: bool = True
     is_interpreted: bool = False
+    failed: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +107,13 @@ class Implementation:
             trouble = case.packages.get(package, "is not installed")
             if trouble:
                 return f"needs {package}, which {trouble}"
+        if self.name in case.failed:
+            return f"failed its trial on this device: {case.failed[self.name]}"
         return None
 
+
+TRITON_EXPERTS = "Triton's experts"
+"""Their name among what failed."""
 
 _LATEST: Capability = (99, 9)
 _HALF: tuple[Dtype, ...] = ("bfloat16", "float16")
@@ -234,12 +241,18 @@ def choose_attention(name: str, case: Case) -> AttentionChoice:
                 device=case.device,
                 dtype=case.dtype,
                 reason=_reason(row, case, name, passed_over),
-                has_triton_experts=row.name == "triton"
-                or (case.device.kind != "cpu" and rows["triton"].obstacle(case) is None),
+                has_triton_experts=_has_triton_experts(row, rows["triton"], case),
             )
         passed_over.append(f"{row.name} {trouble}")
     assert name != "auto", f"nothing runs on {case.device}"
     raise ConfigError(f"attention is {name!r}, which {trouble}; expected {_one_of(case)}")
+
+
+def _has_triton_experts(row: Implementation, triton: Implementation, case: Case) -> bool:
+    """Wherever Triton runs, but on a CPU, where it is for tests and must be asked for."""
+    if TRITON_EXPERTS in case.failed:
+        return False
+    return row is triton or (case.device.kind != "cpu" and triton.obstacle(case) is None)
 
 
 def _reason(row: Implementation, case: Case, name: str, passed_over: list[str]) -> str:
@@ -249,6 +262,8 @@ def _reason(row: Implementation, case: Case, name: str, passed_over: list[str]) 
     if case.has_sinks:
         parts.append(_SINKS_SAID[row.sinks])
     parts += passed_over
+    if TRITON_EXPERTS in case.failed:
+        parts.append(f"{TRITON_EXPERTS} failed their trial on this device: {case.failed[TRITON_EXPERTS]}")
     return "; ".join(parts)
 
 

@@ -7,7 +7,8 @@ their blocks in each layer of a step; the Triton kernel reads the blocks where t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -69,12 +70,14 @@ class TorchRunner:
         return self._max_batch_tokens
 
     def allocate_cache(self, num_full_blocks: int, num_window_blocks: int) -> None:
+        """See Runner. Raises MemoryError where a card has not as much."""
         assert self._model is not None and not self._caches, "the cache was allocated before"
         config, like = self._config, self._model.lm_head.weight
         num_blocks = {"full": num_full_blocks, "window": num_window_blocks}
         for kind in config.layer_kinds:
             shape = (num_blocks[kind], CACHE_BLOCK_TOKENS, config.num_kv_heads, config.head_size)
-            self._caches.append((like.new_zeros(shape), like.new_zeros(shape)))
+            with _memory_errors():
+                self._caches.append((like.new_zeros(shape), like.new_zeros(shape)))
 
     @torch.inference_mode()
     def step(self, batch: Batch) -> StepResult:
@@ -86,11 +89,12 @@ class TorchRunner:
         device = model.lm_head.weight.device
         cos_TK2, sin_TK2 = model.angles(batch.position_T)
         hidden_TD: Tensor = model.model.embed_tokens(_ids(batch.token_id_T, device))
+        slots = {kind: _slots(batch, kind, device) for kind in dict.fromkeys(self._config.layer_kinds)}
         tiles = self._tiles(batch, device) if self._paged is not None else {}
         for index, layer in enumerate(model.model.layers):
             attention: Any = layer.self_attn
             query, key, value = attention.project(layer.input_layernorm(hidden_TD), cos_TK2, sin_TK2)  # type: ignore[operator]
-            self._store(index, batch, key, value)
+            self._store(index, slots, key, value)
             if self._paged is not None:
                 mixed_THK = self._attend_paged(index, tiles, attention.sinks, query)
             else:
@@ -107,15 +111,12 @@ class TorchRunner:
         if self._checkpoint is not None:
             self._checkpoint.close()
 
-    def _store(self, index: int, batch: Batch, key_TGK: Tensor, value_TGK: Tensor) -> None:
-        table_SB = _block_table(batch, self._config.layer_kinds[index])
-        sequence_T = np.repeat(np.arange(len(table_SB)), np.diff(batch.query_start_S1))
-        block_T = table_SB[sequence_T, batch.position_T // CACHE_BLOCK_TOKENS]
-        assert block_T.min() >= 0, "a token of the step has no block"
-        slot_T = block_T.astype(np.int64) * CACHE_BLOCK_TOKENS + batch.position_T % CACHE_BLOCK_TOKENS
-        rows = torch.from_numpy(slot_T).to(key_TGK.device)
+    def _store(
+        self, index: int, slots: Mapping[LayerKind, Tensor], key_TGK: Tensor, value_TGK: Tensor
+    ) -> None:
+        slot_T = slots[self._config.layer_kinds[index]]
         for cache, new in zip(self._caches[index], (key_TGK, value_TGK), strict=True):
-            cache.flatten(0, 1).index_copy_(0, rows, new)
+            cache.flatten(0, 1).index_copy_(0, slot_T, new)
 
     def _tiles(self, batch: Batch, device: torch.device) -> dict[LayerKind, Any]:
         """How the step's queries are cut, for each kind of layer: the same in all of them."""
@@ -178,6 +179,25 @@ def _block_table(batch: Batch, kind: LayerKind) -> npt.NDArray[np.int32]:
     return batch.full_block_SB if kind == "full" else batch.window_block_SB
 
 
+def _slots(batch: Batch, kind: LayerKind, device: torch.device) -> Tensor:
+    """Where each token's key and value go, in the caches of all layers of a kind."""
+    table_SB = _block_table(batch, kind)
+    sequence_T = np.repeat(np.arange(len(table_SB)), np.diff(batch.query_start_S1))
+    block_T = table_SB[sequence_T, batch.position_T // CACHE_BLOCK_TOKENS]
+    assert block_T.min() >= 0, "a token of the step has no block"
+    slot_T = block_T.astype(np.int64) * CACHE_BLOCK_TOKENS + batch.position_T % CACHE_BLOCK_TOKENS
+    return torch.from_numpy(slot_T).to(device)
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """A card's lack of memory is Python's MemoryError, as the machine's is."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(str(error)) from error
+
+
 def _ids(array: npt.NDArray[Any], device: torch.device) -> Tensor:
     return torch.from_numpy(array.astype(np.int64)).to(device)
 
@@ -185,11 +205,16 @@ def _ids(array: npt.NDArray[Any], device: torch.device) -> Tensor:
 def load_torch_runner(
     checkpoint: Checkpoint, max_batch_tokens: int, threads: int, attention: AttentionChoice
 ) -> TorchRunner:
-    """A checkpoint on the chosen device; MXFP4 experts stay in its map on a CPU. Sets PyTorch's threads."""
+    """A checkpoint on the chosen device; MXFP4 experts stay in its map on a CPU. Sets PyTorch's threads.
+
+    Raises MemoryError where a card has less memory than that.
+    """
     torch.set_num_threads(threads)
     model = TorchModel.from_checkpoint(checkpoint, getattr(torch, attention.dtype)).requires_grad_(False)
+    with _memory_errors():
+        model = model.to(torch_device(attention.device))
     return TorchRunner(
-        model.to(torch_device(attention.device)),
+        model,
         max_batch_tokens,
         checkpoint,
         attention.name,

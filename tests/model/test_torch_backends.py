@@ -13,14 +13,14 @@ import pytest
 from harmonium.config import EngineConfig
 from harmonium.engine.create import create_engine, plan_engine
 from harmonium.errors import ConfigError, MemoryPlanError
-from harmonium.model.attention import AttentionChoice, Device
+from harmonium.model.attention import AttentionChoice, Case, Device
 from harmonium.model.reference import ReferenceModel
 from harmonium.model.torch_memory import plan_torch_memory
 from tests.model.driver import Driver
 from tests.model.tiny_models import CONFIGS, prompt, tiny_checkpoint, tiny_folder
 from tests.model.torch_extra import torch
 
-from harmonium.model import torch_device  # isort: skip
+from harmonium.model import torch_device, torch_trial  # isort: skip
 from harmonium.model.torch import TorchModel  # isort: skip
 from harmonium.model.torch_backends import GATHERED, with_sink  # isort: skip
 from harmonium.model.torch_runner import TorchRunner  # isort: skip
@@ -171,6 +171,78 @@ def test_probe_finds_a_card_and_the_packages_that_work_on_it(
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     assert torch_device.probe_case("cuda").packages["flash_attn"].startswith("does not import (")
     assert torch_device.probe_case("cpu").device == Device("cpu")
+
+
+@pytest.mark.parametrize("name", ["sdpa", "flex", "flash2"])
+def test_trial_passes_what_is_right(name: str, flash_calls: list[dict[str, Any]]) -> None:
+    assert torch_trial.try_attention(name, Device("cpu"), "float32") is None
+    assert torch_trial.try_attention(name, Device("cpu"), "bfloat16") is None
+
+
+def test_trial_finds_a_forgotten_sink_a_wrong_window_and_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_sink(query: Any, key: Any, value: Any, sink: Any, window: int, scale: float) -> Any:
+        return GATHERED["eager"](query, key, value, sink - 100, window, scale)
+
+    def one_too_many(query: Any, key: Any, value: Any, sink: Any, window: int, scale: float) -> Any:
+        return GATHERED["eager"](query, key, value, sink, window and window + 1, scale)
+
+    def crash(*_: Any) -> Any:
+        raise RuntimeError("no kernel image is available\nfor execution")
+
+    for dtype in ("float32", "bfloat16"):
+        for broken, said in (
+            (without_sink, "off by"),
+            (one_too_many, "off by"),
+            (crash, "RuntimeError: no k"),
+        ):
+            with monkeypatch.context() as patch:
+                patch.setattr(torch_trial, "GATHERED", {"sdpa": broken})
+                assert said in str(torch_trial.try_attention("sdpa", Device("cpu"), dtype))
+
+
+def test_auto_passes_over_what_fails_its_trial_and_a_forced_one_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = Case(Device("cuda", (9, 0)), "bfloat16", {"triton": "", "flash_attn": "", "torch>=2.9": ""})
+    tried: list[str] = []
+
+    def try_attention(name: str, device: Device, dtype: str) -> str | None:
+        tried.append(name)
+        return "its result was off" if name in ("triton", "flash2") else None
+
+    monkeypatch.setattr(torch_trial, "probe_case", lambda setting: case)
+    monkeypatch.setattr(torch_trial, "try_attention", try_attention)
+    monkeypatch.setattr(torch_trial, "try_experts", lambda device, dtype: "CompilationError: no")
+    choice = torch_trial.choose_for_machine("auto", "auto")
+    assert choice.name == "sdpa" and tried == ["triton", "flash2", "sdpa"]
+    assert "triton failed its trial on this device: its result was off" in choice.reason
+    assert not choice.has_triton_experts
+    with pytest.raises(ConfigError, match="attention is 'flash2', which failed its trial on this device"):
+        torch_trial.choose_for_machine("flash2", "auto")
+    choice = torch_trial.choose_for_machine("eager", "auto")
+    assert choice.name == "eager"
+
+
+def test_experts_that_fail_their_trial_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(Device("cuda", (9, 0)), "bfloat16", {"triton": ""})
+    monkeypatch.setattr(torch_trial, "probe_case", lambda setting: case)
+    monkeypatch.setattr(torch_trial, "try_attention", lambda *_: None)
+    for trouble in (None, "its result was off"):
+        monkeypatch.setattr(torch_trial, "try_experts", lambda *_, said=trouble: said)
+        choice = torch_trial.choose_for_machine("auto", "auto")
+        assert choice.name == "triton" and choice.has_triton_experts is (trouble is None)
+        assert ("Triton's experts failed their trial" in str(choice)) is (trouble is not None)
+
+
+def test_card_without_memory_is_a_memory_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = TorchRunner(TorchModel.from_checkpoint(tiny_checkpoint("narrow")))
+
+    def new_zeros(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.Tensor, "new_zeros", new_zeros)
+    with pytest.raises(MemoryError, match="CUDA out of memory"):
+        runner.allocate_cache(4, 4)
 
 
 def test_a_cards_plan_counts_the_cards_memory() -> None:

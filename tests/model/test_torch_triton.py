@@ -14,6 +14,7 @@ import pytest
 from harmonium.checkpoint.mxfp4 import decode_mxfp4
 from harmonium.config import EngineConfig
 from harmonium.engine.create import create_engine
+from harmonium.model.attention import Device
 from harmonium.model.reference import ReferenceModel
 from tests.model.driver import Driver
 from tests.model.tiny_models import CONFIGS, prompt, tiny_checkpoint, tiny_folder
@@ -21,7 +22,7 @@ from tests.model.torch_extra import torch
 from tests.model.triton_extra import triton
 
 import triton.language as tl  # isort: skip
-from harmonium.model import torch_triton_attention, torch_triton_experts  # isort: skip
+from harmonium.model import torch_trial, torch_triton_attention, torch_triton_experts  # isort: skip
 from harmonium.model.torch import TorchModel  # isort: skip
 from harmonium.model.torch_runner import TorchRunner  # isort: skip
 from harmonium.model.torch_triton_attention import lay_out, paged_attention  # isort: skip
@@ -187,6 +188,12 @@ def test_whole_model_gives_the_references_logits(monkeypatch: pytest.MonkeyPatch
     ]
     expected_TV = ReferenceModel(checkpoint).logits(tokens)
     np.testing.assert_allclose(np.concatenate(pieces), expected_TV, rtol=0, atol=1e-4)
+
+
+def test_trial_passes_both_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_triton_experts, "VECTOR_OUTPUTS", 128)
+    assert torch_trial.try_experts(Device("cpu"), "bfloat16") is None
+    assert torch_trial.try_attention("triton", Device("cpu"), "bfloat16") is None
 
 
 def test_engine_says_that_triton_computes(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
