@@ -55,7 +55,8 @@ def try_attention(name: str, device: Device, dtype: str) -> str | None:
             for window in (0, _WINDOW):
                 inputs = _attention_inputs(num_queries, getattr(torch, dtype))
                 found = _attend(name, [tensor.to(torch_device(device)) for tensor in inputs], window)
-                expected = eager(*(tensor.float() for tensor in inputs), window, _SIZE**-0.5)
+                query, key, value, sink = (tensor.float() for tensor in inputs)
+                expected = eager(query, key, value, sink, window, _SIZE**-0.5)
                 trouble = _difference(found, expected, dtype)
                 if trouble is not None:
                     return trouble
