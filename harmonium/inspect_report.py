@@ -118,13 +118,16 @@ class InspectReport:
         reasons, config = resolved.reasons, resolved.config
         weights = {"int8": "int8 (a scale per 32; activations int8)", "bf16": "bf16, as in the checkpoint"}
         held = weights.get(self._weights()) if config.engine == "native" else f"{self._weights()}, PyTorch"
+        cached = (
+            _CACHES[config.kv_cache] if config.engine == "native" else f"keys and values {self._weights()}"
+        )
         return _table(
             [
                 ("weights", f"{held}; experts {self.plan.checkpoint.expert_format}"),
                 ("kernels", f"{resolved.isa} ({reasons['isa']}; of {', '.join(hardware.isa)})"),
                 ("threads", f"{resolved.threads} ({reasons['threads']}: {len(hardware.cores)})"),
                 ("attention", str(self.plan.attention)),
-                ("context", f"{memory.context_length:,} tokens; {_CACHES[config.kv_cache]}"),
+                ("context", f"{memory.context_length:,} tokens; {cached}"),
                 ("step", f"{config.max_batch_tokens:,} tokens of {config.max_sequences:,} sequences at most"),
             ]
         )
@@ -155,8 +158,8 @@ def inspect(path: Path, config: EngineConfig, origin: str | None = None) -> Insp
 
 
 def _speed_limit(plan: EnginePlan) -> SpeedLimit | None:
-    """Of a plan that fits and is open; None where there is no room to measure it, and for a GPU."""
-    if plan.attention.device.kind != "cpu":
+    """Of a plan that fits and is open; None where there is no room to measure it, and for PyTorch."""
+    if plan.resolved.config.engine == "torch":
         return None
     if plan.hardware.memory_available_bytes < 4 * MEASURED_BYTES:
         return None

@@ -414,7 +414,8 @@ def test_inspect_says_what_computes_attention_and_why(
     assert cli.main([*torch, "sdpa"]) == 0
     text = capsys.readouterr().out
     assert "\nattention    sdpa on cpu, float32 (asked for; sinks as one more key without a value)" in text
-    assert "float32, PyTorch; experts mxfp4" in text
+    assert "float32, PyTorch; experts mxfp4" in text and "tokens; keys and values float32" in text
+    assert "speed      not looked at" in text  # the figures would be those of other kernels
     assert cli.main([*torch, "flash3", "--json"]) == 2
     assert "attention is 'flash3', which needs a device of kind cuda" in capsys.readouterr().err
 
