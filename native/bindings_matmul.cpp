@@ -109,6 +109,16 @@ void bind_q8_to_bf16(nb::handle rows_object, nb::handle out_object) {
   q8_to_bf16(rows.data(), rows.shape(0) * (rows.shape(1) / kGgmlQ8Bytes), out.data());
 }
 
+void bind_q8_to_panels(nb::handle rows_object, nb::handle panels_object) {
+  const Array<std::uint8_t> rows(rows_object, "rows", 2);
+  require(rows.shape(1) % kGgmlQ8Bytes == 0, "rows are no multiple of 34 bytes");
+  const std::int64_t num_blocks = rows.shape(1) / kGgmlQ8Bytes;
+  const Array<std::uint8_t> panels(panels_object, "panels", 2, Access::write);
+  panels.expect({(rows.shape(0) + kPanelRows - 1) / kPanelRows, panel_bytes(num_blocks)});
+  nb::gil_scoped_release release;
+  q8_to_panels(rows.data(), rows.shape(0), num_blocks, panels.data());
+}
+
 // uint8 memory on huge pages where the system gives them; contents undefined.
 nb::ndarray<nb::numpy, std::uint8_t, nb::ndim<1>> allocate(std::int64_t size_bytes) {
   require(size_bytes >= 0, "size_bytes is " + std::to_string(size_bytes) + "; expected 0 or more");
@@ -147,6 +157,7 @@ void bind_matmul(nb::module_& m) {
   m.def("read_ggml", &bind_read_ggml, nb::arg("first"), nb::arg("second").none(), nb::arg("is_split"),
         nb::arg("blocks"), nb::arg("scales"));
   m.def("q8_to_bf16", &bind_q8_to_bf16, nb::arg("rows"), nb::arg("out"));
+  m.def("q8_to_panels", &bind_q8_to_panels, nb::arg("rows"), nb::arg("panels"));
   m.def("packed_bytes", [](std::int64_t num_inputs) { return packed_bytes(num_inputs / kBlock); },
         nb::arg("num_inputs"));
   m.def("pack_mxfp4", &bind_pack_mxfp4, nb::arg("blocks"), nb::arg("scales"), nb::arg("packed"));

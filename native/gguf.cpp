@@ -7,6 +7,7 @@
 #include <emmintrin.h>
 #endif
 
+#include "matmul.h"
 #include "threads.h"
 
 namespace harmonium {
@@ -50,6 +51,42 @@ inline std::uint16_t to_bf16(float value) {
   return static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+std::uint16_t half_at(const std::uint8_t* block) { return static_cast<std::uint16_t>(block[0] | block[1] << 8); }
+
+// 32 int8 to unsigned ones, in the order of a panel: eight words of four numbers, the even ones first.
+inline void to_words(const std::uint8_t* in, std::uint8_t* words) {
+#if defined(__SSE2__)
+  const __m128i sign = _mm_set1_epi8(static_cast<char>(kInt8Offset)), low = _mm_set1_epi16(0x00ff);
+  const __m128i a = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in)), sign);
+  const __m128i b = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + 16)), sign);
+  const __m128i even = _mm_packus_epi16(_mm_and_si128(a, low), _mm_and_si128(b, low));
+  const __m128i odd = _mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(words), even);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(words + 16), odd);
+#else
+  for (int i = 0; i < 32; ++i) words[i % 2 * 16 + i / 2] = static_cast<std::uint8_t>(in[i] ^ kInt8Offset);
+#endif
+}
+
+void q8_to_panel(const std::uint8_t* rows, int num_rows, std::int64_t num_blocks, std::uint8_t* panel) {
+  const std::int64_t scales_at = num_blocks * kPanelBlockBytes;
+  auto* scales = reinterpret_cast<std::uint16_t*>(panel + scales_at);
+  std::memset(scales, 0, static_cast<std::size_t>(panel_bytes(num_blocks) - scales_at));
+  if (num_rows < kPanelRows) std::memset(panel, kInt8Offset, static_cast<std::size_t>(scales_at));
+  for (std::int64_t b = 0; b < num_blocks; ++b) {
+    for (int r = 0; r < num_rows; ++r) {
+      const std::uint8_t* block = rows + (r * num_blocks + b) * kGgmlQ8Bytes;
+      const std::uint16_t scale = half_at(block);
+      const bool is_number = (scale & 0x7c00) != 0x7c00;
+      scales[b * kPanelRows + r] = is_number ? to_bf16(half_to_float(scale)) : std::uint16_t{0x7fc0};
+      std::uint8_t words[32];
+      to_words(block + 2, words);
+      std::uint8_t* out = panel + b * kPanelBlockBytes + r * 4;
+      for (int part = 0; part < 8; ++part) std::memcpy(out + part * 64, words + part * 4, 4);
+    }
+  }
+}
+
 }  // namespace
 
 void read_ggml_rows(const GgmlMatrix& matrix, std::int64_t row, std::int64_t num_rows, std::int64_t num_blocks,
@@ -73,11 +110,19 @@ void q8_to_bf16(const std::uint8_t* data, std::int64_t num_blocks, std::uint16_t
     const std::int64_t end = std::min(num_blocks, (task + 1) * kBlocksTogether);
     for (std::int64_t b = task * kBlocksTogether; b < end; ++b) {
       const std::uint8_t* block = data + b * kGgmlQ8Bytes;
-      const float scale = half_to_float(static_cast<std::uint16_t>(block[0] | block[1] << 8));
+      const float scale = half_to_float(half_at(block));
       for (int i = 0; i < 32; ++i) {
         out[b * 32 + i] = to_bf16(scale * static_cast<float>(static_cast<std::int8_t>(block[2 + i])));
       }
     }
+  });
+}
+
+void q8_to_panels(const std::uint8_t* data, std::int64_t num_outputs, std::int64_t num_blocks, std::uint8_t* panels) {
+  parallel((num_outputs + kPanelRows - 1) / kPanelRows, [&](std::int64_t task, int) {
+    const std::int64_t first = task * kPanelRows;
+    const int num_rows = static_cast<int>(std::min<std::int64_t>(kPanelRows, num_outputs - first));
+    q8_to_panel(data + first * num_blocks * kGgmlQ8Bytes, num_rows, num_blocks, panels + task * panel_bytes(num_blocks));
   });
 }
 

@@ -28,4 +28,8 @@ void read_ggml_rows(const GgmlMatrix& matrix, std::int64_t row, std::int64_t num
 // Q8_0 blocks [num_blocks] to bf16, to nearest even; shared among the threads of the pool.
 void q8_to_bf16(const std::uint8_t* data, std::int64_t num_blocks, std::uint16_t* out);
 
+// Q8_0 rows [num_outputs][num_blocks] to int8 panels (matmul.h): the same integers, and scales rounded to bf16. A scale
+// that is no number becomes NaN. Shared among the threads of the pool.
+void q8_to_panels(const std::uint8_t* data, std::int64_t num_outputs, std::int64_t num_blocks, std::uint8_t* panels);
+
 }  // namespace harmonium

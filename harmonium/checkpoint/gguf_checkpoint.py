@@ -80,6 +80,7 @@ class GgufCheckpoint(Checkpoint):
         self._gguf = files
         self._stored = _all_tensors(files)
         metadata = Metadata(files[0].metadata, str(files[0].path))
+        self._refuse_fused_experts(metadata.architecture)
         config = CheckpointConfig(read_model(metadata, self._vocabulary(metadata)), "huggingface", False)
         super().__init__(path, config, "mxfp4", {}, {}, ())
         self.layout = "gguf"
@@ -95,6 +96,15 @@ class GgufCheckpoint(Checkpoint):
         self._refuse_more_layers()
         general = metadata.table.get("general.name")
         self.general_name = general if isinstance(general, str) else None
+
+    def _refuse_fused_experts(self, architecture: object) -> None:
+        """Ollama's files have gate and up in turn; llama.cpp, where it fuses them, one above the other."""
+        fused = [name for name in self._stored if "ffn_gate_up_exps" in name]
+        if fused and architecture == "gpt-oss":
+            raise CheckpointError(
+                f"{self._stored[fused[0]][0].path}: tensor {fused[0]!r} has gate and up in one, in an order "
+                "that the architecture 'gpt-oss' leaves open; convert again without --fuse-gate-up-exps"
+            )
 
     def _vocabulary(self, metadata: Metadata) -> int:
         """Rows of the embedding, which must be as many as tokens are listed."""

@@ -11,7 +11,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from harmonium import _native
-from harmonium.kernels.matmul import F32, U8, Activations, Bf16, ExpertAdapter, Int32
+from harmonium.kernels.matmul import (
+    F32,
+    U8,
+    Activations,
+    Bf16,
+    ExpertAdapter,
+    Int8Weight,
+    Int32,
+    empty_panels,
+)
 
 
 def moe_ggml(
@@ -72,3 +81,14 @@ def q8_to_bf16(rows: U8) -> Bf16:
     out = np.empty((rows.shape[0], rows.shape[1] // 34 * 32), np.uint16)
     _native.q8_to_bf16(rows, out)
     return out
+
+
+def panels_of_q8(rows: U8) -> Int8Weight:
+    """Q8_0 rows [N, 34 n] as an int8 weight, in new memory; threads share the work.
+
+    The integers are the file's, so nothing is rounded but the scales: float16 to bf16, at most one part in
+    512. One that is no number becomes NaN.
+    """
+    weight = empty_panels(rows.shape[0], rows.shape[1] // 34 * 32)
+    _native.q8_to_panels(rows, weight.panels)
+    return weight

@@ -42,7 +42,7 @@ ExpertAdapter = tuple[Pair | None, Pair | None]
 
 @dataclass(frozen=True, slots=True)
 class Int8Weight:
-    """A dense weight [num_outputs, num_inputs] as int8 panels (docs/kernels.md), from `quantize_weight`."""
+    """A dense weight [num_outputs, num_inputs] as int8 panels (docs/kernels.md): see `quantize_weight`."""
 
     panels: U8
     num_outputs: int
@@ -64,11 +64,16 @@ def quantize_weight(weight_NK: Bf16) -> Int8Weight:
     """Return the weight in int8 with a bf16 scale per 32 inputs, in new memory; weight_NK is read once."""
     if weight_NK.ndim != 2 or weight_NK.shape[1] % 32 != 0 or weight_NK.shape[1] == 0:
         raise ValueError(f"weight has shape {weight_NK.shape}; expected [N, K] with K a multiple of 32")
-    num_outputs, num_inputs = weight_NK.shape
+    weight = empty_panels(*weight_NK.shape)
+    _native.quantize_weight(weight_NK, weight.panels)
+    return weight
+
+
+def empty_panels(num_outputs: int, num_inputs: int) -> Int8Weight:
+    """Return memory for a weight of that size; its contents are undefined."""
     num_panels = -(-num_outputs // PANEL_ROWS)
     panel_bytes = int(_native.panel_bytes(num_inputs))
     panels = allocate(num_panels * panel_bytes).reshape(num_panels, panel_bytes)
-    _native.quantize_weight(weight_NK, panels)
     return Int8Weight(panels, num_outputs, num_inputs)
 
 

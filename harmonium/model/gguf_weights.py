@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,15 @@ import numpy.typing as npt
 from harmonium.checkpoint.gguf_blocks import decode_q8
 from harmonium.checkpoint.gguf_checkpoint import GgmlExperts, GgufCheckpoint
 from harmonium.config import Weights
-from harmonium.kernels.gguf import moe_ggml, q8_to_bf16, read_ggml
-from harmonium.kernels.matmul import ExpertAdapter, allocate, moe_packed, pack_mxfp4, packed_shape
+from harmonium.kernels.gguf import moe_ggml, panels_of_q8, q8_to_bf16, read_ggml
+from harmonium.kernels.matmul import (
+    ExpertAdapter,
+    Int8Weight,
+    allocate,
+    moe_packed,
+    pack_mxfp4,
+    packed_shape,
+)
 from harmonium.model.pages import bring_in
 
 FloatArray = npt.NDArray[np.float32]
@@ -25,6 +32,15 @@ def matrix(source: GgufCheckpoint, name: str) -> npt.NDArray[np.uint16]:
     rows, kind = source.stored_rows(name)
     bits: npt.NDArray[np.uint16] = q8_to_bf16(rows) if kind == "Q8_0" else source.tensor(name)
     return bits
+
+
+def int8_matrix(source: GgufCheckpoint, names: Iterable[str]) -> Int8Weight | None:
+    """Dense matrices, one below the other, with the file's int8 numbers; None unless all are Q8_0."""
+    stored = [source.stored_rows(name) for name in names]
+    if any(kind != "Q8_0" for _, kind in stored):
+        return None
+    parts = [rows for rows, _ in stored]
+    return panels_of_q8(parts[0] if len(parts) == 1 else np.concatenate(parts))
 
 
 def embedding(source: GgufCheckpoint, name: str) -> npt.NDArray[Any]:

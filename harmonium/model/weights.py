@@ -58,19 +58,20 @@ class MappedSource(TensorSource, Protocol):
 
 
 class Linear:
-    """x @ weight.T + bias with the weight as int8 panels, or as bf16 in the map (then `mapped` holds it)."""
+    """x @ weight.T + bias with the weight as int8 panels, or as bf16 in the map (then `mapped` holds it).
+
+    A bf16 weight is quantized where `weights` says so; panels are taken as they are.
+    """
 
     __slots__ = ("_bf16", "_bias", "_int8", "mapped", "nbytes")
 
-    def __init__(self, weight_NK: Bits, bias_N: Bits | None, weights: Weights) -> None:
+    def __init__(self, weight_NK: Bits | Int8Weight, bias_N: Bits | None, weights: Weights) -> None:
         self._bias = bias_N
-        self._int8: Int8Weight | None = None
-        self._bf16: Bits | None = None
-        if weights == "int8":
-            self._int8 = quantize_weight(weight_NK)
-        else:
-            self._bf16 = weight_NK
-        held = weight_NK if self._int8 is None else self._int8
+        held = weight_NK
+        if weights == "int8" and not isinstance(held, Int8Weight):
+            held = quantize_weight(held)
+        self._int8 = held if isinstance(held, Int8Weight) else None
+        self._bf16 = None if isinstance(held, Int8Weight) else held
         self.mapped: tuple[Bits, ...] = () if self._bf16 is None else (self._bf16,)
         self.nbytes = held.nbytes + (0 if bias_N is None else bias_N.nbytes)
 
@@ -257,7 +258,7 @@ def load_weights(
     done, layer_bytes = 2 * config.vocabulary_size * config.hidden_size, _dense_bytes(config)
     total = done + config.num_layers * layer_bytes
     # First, so that its pages are gone again before the experts come: the peak is then what stays.
-    head = Linear(_matrix(source, UNEMBEDDING), None, weights)
+    head = _linear(source, [UNEMBEDDING], None, weights)
     if weights == "int8":
         source.advise(UNEMBEDDING, "dontneed")
     layers = []
@@ -285,6 +286,16 @@ def _matrix(source: MappedSource, name: str) -> Bits:
     if isinstance(source, GgufCheckpoint):
         return gguf_weights.matrix(source, name)
     return source.tensor(name)
+
+
+def _linear(source: MappedSource, names: Sequence[str], bias_N: Bits | None, weights: Weights) -> Linear:
+    """One product for some matrices: their rows are put one below the other."""
+    if weights == "int8" and isinstance(source, GgufCheckpoint):
+        panels = gguf_weights.int8_matrix(source, names)
+        if panels is not None:
+            return Linear(panels, bias_N, weights)
+    parts = [_matrix(source, name) for name in names]
+    return Linear(parts[0] if len(parts) == 1 else np.concatenate(parts), bias_N, weights)
 
 
 def _connect(layers: Sequence[LayerWeights]) -> None:
@@ -315,13 +326,11 @@ def _load_layer(
     def tensor(part: str) -> npt.NDArray[Any]:
         return source.tensor(f"{name}.{part}")
 
-    parts = [_matrix(source, f"{name}.attention.{part}.weight") for part in "qkv"]
+    qkv_names = [f"{name}.attention.{part}.weight" for part in "qkv"]
     bias = np.concatenate([tensor(f"attention.{part}.bias") for part in "qkv"])
-    # One product for the three: their rows are put one below the other, and the files' pages given back.
-    qkv = Linear(np.concatenate(parts), bias, weights)
-    out_DN = _matrix(source, f"{name}.attention.out.weight")
-    out = Linear(out_DN, tensor("attention.out.bias"), weights)
-    source.advise([f"{name}.attention.{part}.weight" for part in "qkv"], "dontneed")
+    qkv = _linear(source, qkv_names, bias, weights)
+    out = _linear(source, [f"{name}.attention.out.weight"], tensor("attention.out.bias"), weights)
+    source.advise(qkv_names, "dontneed")
     if weights == "int8":
         source.advise(f"{name}.attention.out.weight", "dontneed")
     return LayerWeights(
