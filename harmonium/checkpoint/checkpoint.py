@@ -93,6 +93,12 @@ class Checkpoint:
             info = self._info(name)
             self._files[info.file].advise(advice, info.offset, info.nbytes)
 
+    def give_back(self, name: str, index: int) -> None:
+        """As advise(name, "dontneed"), for one entry of the tensor's first axis."""
+        info = self._info(name)
+        size = info.nbytes // info.shape[0]
+        self._files[info.file].advise("dontneed", info.offset + index * size, size)
+
     def fingerprint(self) -> str:
         """A name for what it computes: sizes, and a kilobyte of each tensor. A copy has the same."""
         digest = blake2b(repr(self.config).encode(), digest_size=16)

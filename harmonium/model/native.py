@@ -239,12 +239,14 @@ class NativeRunner:
         return _Places(cos_TK2, sin_TK2, slot_T, block_SB)
 
     def _embed(self, weights: ModelWeights, token_id_T: npt.NDArray[np.int32], hidden_TD: FloatArray) -> None:
-        weights.embed(token_id_T, hidden_TD)
-        self._embedding_rows += token_id_T.size
-        if self._embedding_rows >= EMBEDDING_ROWS_KEPT:
-            # A row faults in 64 KB of the map around it; without this the whole table would end up resident.
-            self._checkpoint.advise(EMBEDDING, "dontneed")
-            self._embedding_rows = 0
+        for start in range(0, token_id_T.size, EMBEDDING_ROWS_KEPT):
+            rows = slice(start, start + EMBEDDING_ROWS_KEPT)
+            weights.embed(token_id_T[rows], hidden_TD[rows])
+            self._embedding_rows += token_id_T[rows].size
+            if self._embedding_rows >= EMBEDDING_ROWS_KEPT:
+                # A fault maps up to 2 MB around a row; without this the whole table would end up resident.
+                self._checkpoint.advise(EMBEDDING, "dontneed")
+                self._embedding_rows = 0
 
     def _attend(
         self,

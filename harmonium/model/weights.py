@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from harmonium.checkpoint.checkpoint import Checkpoint
 from harmonium.checkpoint.gguf_checkpoint import GgufCheckpoint
 from harmonium.checkpoint.model_config import LayerKind, ModelConfig
 from harmonium.checkpoint.names import EMBEDDING, UNEMBEDDING
@@ -113,13 +114,33 @@ class Experts:
         assert self._is_mxfp4 and self._activations == "int8", "only MXFP4 with int8 activations is packed"
         gate_up, gate_up_scales, gate_up_bias, down, down_scales, down_bias = self._arrays
         try:
-            packed_gate_up = _pack(gate_up, gate_up_scales, stop)
-            packed_down = _pack(down, down_scales, stop)
+            packed_gate_up = self._pack(gate_up, gate_up_scales, self._names[:2], stop)
+            packed_down = self._pack(down, down_scales, self._names[2:], stop)
         except MemoryError:
             return
         if not stop.is_set():
             self._packed = (packed_gate_up, gate_up_bias, packed_down, down_bias)
             self._source.advise(self._names, "dontneed")
+
+    def _pack(self, blocks: Bytes, scales: Bytes, names: list[str], stop: threading.Event) -> Bytes:
+        """The packed tiles [E, tiles, bytes] of all experts; undefined once stop is set.
+
+        An expert's pages leave as soon as it is copied, so that a layer is not there twice; a step that needs
+        one meanwhile brings it back.
+        """
+        num_experts, num_outputs, num_blocks, _ = blocks.shape
+        tiles, size = packed_shape(num_outputs, num_blocks * 32)
+        packed = allocate(num_experts * tiles * size).reshape(num_experts, tiles, size)
+        for expert in range(num_experts):
+            if stop.is_set():
+                break
+            bring_in(blocks[expert])
+            bring_in(scales[expert])
+            pack_mxfp4(blocks[expert], scales[expert], packed[expert])
+            if isinstance(self._source, Checkpoint):
+                for name in names:
+                    self._source.give_back(name, expert)
+        return packed
 
     def __call__(
         self,
@@ -163,20 +184,6 @@ class Experts:
             routes = x_TD, expert_id_TA, weight_TA
             weights = gate_up, gate_up_bias, down, down_bias
             moe_bf16(*routes, *weights, out_TD, limit, alpha, adapters, adapter_T)
-
-
-def _pack(blocks: Bytes, scales: Bytes, stop: threading.Event) -> Bytes:
-    """The packed tiles [E, tiles, bytes] of all experts; undefined once stop is set."""
-    num_experts, num_outputs, num_blocks, _ = blocks.shape
-    tiles, size = packed_shape(num_outputs, num_blocks * 32)
-    packed = allocate(num_experts * tiles * size).reshape(num_experts, tiles, size)
-    for expert in range(num_experts):
-        if stop.is_set():
-            break
-        bring_in(blocks[expert])
-        bring_in(scales[expert])
-        pack_mxfp4(blocks[expert], scales[expert], packed[expert])
-    return packed
 
 
 @dataclass(frozen=True, slots=True)

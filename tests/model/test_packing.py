@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from harmonium.checkpoint import open_checkpoint
 from harmonium.config import EngineConfig
 from harmonium.errors import ConfigError, MemoryPlanError
 from harmonium.model import weights
 from harmonium.model.memory import PACKING_SPARE_BYTES, packing_bytes, plan_memory
 from harmonium.model.native import NativeRunner
+from harmonium.testing import make_tiny_checkpoint
 from tests.model.driver import Driver
 from tests.model.test_memory import GPT_OSS_20B
+from tests.model.test_pages import resident_bytes
 from tests.model.tiny_models import tiny_checkpoint
 
 TOKENS = np.random.default_rng(3).integers(0, 300, 40).astype(np.int32)
@@ -39,6 +44,32 @@ def test_steps_use_the_files_until_a_layer_is_packed(monkeypatch: pytest.MonkeyP
     runner.wait_until_resident()
     mapped = Driver(NativeRunner(tiny_checkpoint("narrow"))).run(TOKENS, 16)
     np.testing.assert_array_equal(before, mapped)
+
+
+def test_expert_that_is_packed_leaves_the_files_pages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_tiny_checkpoint(
+        tmp_path / "m", vocabulary_size=500, hidden_size=256, num_layers=2, expert_size=1024, num_experts=16
+    )
+    checkpoint = open_checkpoint(folder)
+    (file,) = {info.file for info in checkpoint.tensors.values()}
+    mapped = Driver(NativeRunner(open_checkpoint(folder), "int8")).run(TOKENS, 16)
+    resident: list[int] = []
+    real = weights.pack_mxfp4
+
+    def packing(*arrays: Any) -> None:
+        real(*arrays)
+        resident.append(resident_bytes(file))
+
+    monkeypatch.setattr(weights, "pack_mxfp4", packing)
+    runner = NativeRunner(checkpoint, "int8", packs_experts=True)
+    runner.wait_until_resident()
+    # The system may map 2 MB around a page; a layer's experts would be 7 MB, and both layers' 13.
+    layer = sum(info.nbytes for name, info in checkpoint.tensors.items() if "layers.0.experts" in name)
+    assert layer > 6 << 20 and max(resident) - resident[0] < layer / 2
+    np.testing.assert_array_equal(Driver(runner).run(TOKENS, 16), mapped)
+    runner.close()
 
 
 def test_experts_stay_mapped_when_memory_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
