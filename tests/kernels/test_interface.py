@@ -17,7 +17,7 @@ from harmonium.kernels import interface
 
 NATIVE = Path(__file__).parents[2] / "native"
 
-BOUND = "b8631d9ed1ae0d92"
+BOUND = "5c946228da3e4dbc"
 """Digest of all bound functions and their arguments at interface.INTERFACE."""
 
 
