@@ -104,7 +104,7 @@ def run_inspect(arguments: argparse.Namespace) -> int:
     from harmonium.loading import model_to_inspect
 
     with model_to_inspect(arguments.model) as (path, origin):
-        report = inspect(path, engine_config(arguments), origin)
+        report = inspect(path, engine_config(arguments), origin, arguments.model)
     if arguments.json:
         _print_json(report.to_json())
     else:

@@ -7,12 +7,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from harmonium.checkpoint.checkpoint import Checkpoint
+from harmonium.checkpoint.gguf_checkpoint import GgufCheckpoint
 from harmonium.config import CACHE_BLOCK_TOKENS, EngineConfig
 from harmonium.engine.create import EnginePlan, plan_engine
 from harmonium.errors import MemoryPlanError
 from harmonium.kernels.runtime import configure
 from harmonium.model.memory import MemoryPlan
 from harmonium.model.speed import MEASURED_BYTES, SpeedLimit, measure_speed_limit
+from harmonium.text_file import expand_home
 
 _NO_LIMIT_BYTES = 1 << 60
 
@@ -22,13 +24,14 @@ _CACHES = {"bf16": "keys and values bf16", "int8": "keys and values int8 (a scal
 @dataclass(frozen=True, slots=True)
 class InspectReport:
     """refusal: why the plan does not fit, None where it does; the memory plan is then what would be
-    needed. origin: what to call the checkpoint; None: its path.
+    needed. origin: what to call the checkpoint; None: its path. word: the name that it was found by.
     """
 
     plan: EnginePlan
     refusal: str | None
     origin: str | None = None
     speed: SpeedLimit | None = None
+    word: str | None = None
 
     def to_json(self) -> dict[str, object]:
         """All of it, as `--json` prints it. Sizes in bytes."""
@@ -36,6 +39,7 @@ class InspectReport:
         total, active = num_parameters(checkpoint)
         return {
             "model": {
+                "name": self.word,
                 "path": self.origin or str(checkpoint.path),
                 "layout": checkpoint.layout,
                 "experts": checkpoint.expert_format,
@@ -104,6 +108,8 @@ class InspectReport:
             ("rope", f"theta {rope.theta:,.0f}, YaRN factor {rope.factor:g} over {rope.original_context:,}"),
             ("max context", f"{config.max_context:,} tokens"),
         ]
+        if self.word is not None:
+            rows.insert(0, ("name", self.word))
         if checkpoint.ignored:
             rows.append(("not used", f"{len(checkpoint.ignored)} tensors, such as {checkpoint.ignored[0]}"))
         return _table(rows)
@@ -117,6 +123,9 @@ class InspectReport:
         resolved, hardware, memory = self.plan.resolved, self.plan.hardware, self.plan.memory
         reasons, config = resolved.reasons, resolved.config
         weights = {"int8": "int8 (a scale per 32; activations int8)", "bf16": "bf16, as in the checkpoint"}
+        if isinstance(self.plan.checkpoint, GgufCheckpoint) and self.plan.checkpoint.dense_type == "Q8_0":
+            weights["int8"] = "int8 (the numbers of the file's Q8_0; activations int8)"
+            weights["bf16"] = "bf16, decoded from the file's Q8_0"
         held = weights.get(self._weights()) if config.engine == "native" else f"{self._weights()}, PyTorch"
         cached = (
             _CACHES[config.kv_cache] if config.engine == "native" else f"keys and values {self._weights()}"
@@ -133,9 +142,12 @@ class InspectReport:
         )
 
 
-def inspect(path: Path, config: EngineConfig, origin: str | None = None) -> InspectReport:
+def inspect(
+    path: Path, config: EngineConfig, origin: str | None = None, word: str | None = None
+) -> InspectReport:
     """Look at a checkpoint and plan; reads headers, takes no memory. A plan that does not fit is reported.
 
+    word: what the user called it; in the report unless it is a path.
     Raises ConfigError and CheckpointError.
     """
     refusal = None
@@ -154,7 +166,8 @@ def inspect(path: Path, config: EngineConfig, origin: str | None = None) -> Insp
         speed = _speed_limit(plan) if is_measurable else None
     finally:
         plan.close()
-    return InspectReport(plan, refusal, origin, speed)
+    is_path = word is None or expand_home(word).exists()
+    return InspectReport(plan, refusal, origin, speed, None if is_path else word)
 
 
 def _speed_limit(plan: EnginePlan) -> SpeedLimit | None:

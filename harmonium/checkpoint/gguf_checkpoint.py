@@ -194,6 +194,11 @@ class GgufCheckpoint(Checkpoint):
             return match[1] if match else self.path.stem
         return self.general_name or self.path.name
 
+    @property
+    def dense_type(self) -> str:
+        """The ggml type of the unembedding, which the other dense matrices nearly always share."""
+        return self._places[UNEMBEDDING].tensor.type.name
+
     def stored_rows(self, name: str) -> tuple[U8, str]:
         """(bytes of the rows as they lie, a view; the ggml type) of a tensor that is no expert's."""
         place = self._places[name]
