@@ -197,6 +197,8 @@ ENGINE = {
     "B82": ("model/test_memory.py::test_weights_of_20b_are_counted_as_they_lie",
             "model/test_memory.py::test_refusal_gives_what_is_needed_and_what_there_is",
             "engine/test_create.py::test_plan_that_does_not_fit_is_refused_with_the_numbers"),
+    "B83": ("server/test_vllm.py::test_b83_parallel_sizes_that_divide_the_heads_are_passed_on",
+            "server/test_vllm.py::test_b83_other_sizes_are_refused_before_anything_starts"),
     "B84": ("engine/test_drafts.py::test_answer_is_the_same_with_right_and_wrong_guesses",
             "engine/test_drafts.py::test_stop_token_inside_a_true_guess_ends_the_answer",
             "engine/test_drafts.py::test_constraint_holds_behind_every_guess"),
@@ -225,7 +227,6 @@ ENGINE = {
 FAULTS = {**PARSING, **PROMPTS, **GRAMMARS, **SERVING, **ENGINE}
 
 WAITING = {
-    "B83": "tensor and expert parallel sizes are vLLM's, behind engine/remote.py (issue 6)",
 }
 
 CATALOG = frozenset(

@@ -13,6 +13,7 @@ import threading
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -222,8 +223,9 @@ class VllmServer:
             Route("/{stub}/v1/completions", self._completions, methods=["POST"]),
         ]
         self._listener = listen("127.0.0.1", 0)
+        self.app = Starlette(routes=routes)
         config = uvicorn.Config(
-            Starlette(routes=routes),
+            self.app,
             log_config=None,
             access_log=False,
             lifespan="off",
@@ -322,7 +324,7 @@ def run_forever() -> None:
 
     from harmonium.script_file import scripted_engine
 
-    with vllm_server(Stub(scripted_engine(sys.argv[1]))) as (_, urls):
+    with vllm_server(Stub(scripted_engine(Path(sys.argv[1])))) as (_, urls):
         print(urls[0], flush=True)
         asyncio.run(asyncio.sleep(3600))
 

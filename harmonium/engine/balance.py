@@ -51,7 +51,7 @@ class Balancer:
 
     def _holder(self, blocks: Sequence[bytes]) -> Upstream | None:
         """Who computed at least half of the prompt. Less may be what all prompts begin with."""
-        for number in range(len(blocks), len(blocks) // 2, -1):
+        for number in range(len(blocks), (len(blocks) - 1) // 2, -1):
             holder = self._holders.get(blocks[number - 1])
             if holder is not None:
                 return holder

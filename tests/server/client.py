@@ -12,6 +12,7 @@ import httpx
 from harmonium.engine import ScriptedEngine
 from harmonium.server import ServerConfig, ServerState, create_app
 from tests.scripted_chat import gen
+from tests.server.remote_states import engine_behind
 
 BASE_URL = "http://127.0.0.1:8000"
 HELLO: list[dict[str, Any]] = [{"role": "user", "content": "Hello"}]
@@ -26,7 +27,7 @@ def make_state(*scripts: str, tokens_per_event: int = 1, **config: Any) -> Serve
 
 
 def engine_of(state: ServerState) -> ScriptedEngine:
-    engine = state.loaded_engine
+    engine = engine_behind(state.loaded_engine)
     assert isinstance(engine, ScriptedEngine)
     return engine
 

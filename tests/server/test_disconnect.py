@@ -53,8 +53,7 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(("path", "body"), BODIES)
 def test_client_that_leaves_frees_slot_and_request(path: str, body: dict[str, Any]) -> None:
     state = slow_state(max_concurrency=8)
-    engine = state.loaded_engine
-    assert isinstance(engine, ScriptedEngine)
+    engine = engine_of(state)
     with served(state) as url:
         for _ in range(3):
             with raw_request(url, body, path):
