@@ -226,8 +226,7 @@ ENGINE = {
 
 FAULTS = {**PARSING, **PROMPTS, **GRAMMARS, **SERVING, **ENGINE}
 
-WAITING = {
-}
+WAITING = {}
 
 CATALOG = frozenset(
     f"B{number:02}"

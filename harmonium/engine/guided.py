@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from harmonium.engine.constraint import ConstraintState
 from harmonium.engine.protocol import FinishReason, Request, Token, TokenEvent
-from harmonium.engine.vllm_wire import Call, Chunk
+from harmonium.engine.vllm_wire import Call, Chunk, LostError
 from harmonium.errors import EngineError, UpstreamError
 
 Stream = Callable[[Call], AsyncGenerator[Chunk, None]]
@@ -36,8 +36,17 @@ _SEED_STEP = 0x9E3779B9
 """Between the seeds of an answer's calls, which would otherwise repeat the same draws."""
 
 
+MAX_RESUMED = 1
+"""How often an answer whose upstream went away goes on elsewhere. More would let one request that kills its
+server kill them all.
+"""
+
+
 class Answer:
-    """An answer without a constraint: one call."""
+    """An answer without a constraint: one call, or two where an upstream went away.
+
+    num_resumed: how often that was.
+    """
 
     def __init__(self, request: Request, room: int, model: str) -> None:
         """room: most tokens of the answer, at least 1."""
@@ -47,12 +56,25 @@ class Answer:
         self._token_ids: list[int] = []
         self._num_calls = 0
         self._num_cached = 0
+        self.num_resumed = 0
 
     async def events(self, stream: Stream) -> AsyncGenerator[TokenEvent, None]:
         """The events; closing the generator closes the call."""
-        async with aclosing(stream(self._call())) as chunks:
-            async for chunk in chunks:
-                yield self._event(chunk.tokens, self._reason(chunk), chunk)
+        while len(self._token_ids) < self._room:
+            try:
+                async with aclosing(stream(self._call())) as chunks:
+                    async for chunk in chunks:
+                        yield self._event(chunk.tokens, self._reason(chunk), chunk)
+                return
+            except LostError as error:  # noqa: PERF203  # it is raised once in the life of an answer
+                self._resume(error)
+        yield TokenEvent((), "length", self._num_cached)
+
+    def _resume(self, error: LostError) -> None:
+        """Let another call go on. Raises the error when there was one already."""
+        if self.num_resumed >= MAX_RESUMED:
+            raise error
+        self.num_resumed += 1
 
     def _call(self, max_tokens: int | None = None, mask: npt.NDArray[np.uint32] | None = None) -> Call:
         """A call that goes on behind what is here. mask: the tokens that may come."""
@@ -115,18 +137,22 @@ class GuidedAnswer(Answer):
         """The events. One with finish_reason "error" ends an answer that could not be put right."""
         while True:
             illegal: EngineError | None = None
-            async with aclosing(stream(self._call())) as chunks:
-                async for chunk in chunks:
-                    tokens, illegal = self._advance(chunk.tokens)
-                    reason = self._stop(tokens)
-                    if reason is None and illegal is None:
-                        reason = self._reason(chunk)
-                    if tokens or reason is not None:
-                        yield self._event(tokens, reason, chunk)
-                    if reason is not None:
-                        return
-                    if illegal is not None:
-                        break
+            try:
+                async with aclosing(stream(self._call())) as chunks:
+                    async for chunk in chunks:
+                        tokens, illegal = self._advance(chunk.tokens)
+                        reason = self._stop(tokens)
+                        if reason is None and illegal is None:
+                            reason = self._reason(chunk)
+                        if tokens or reason is not None:
+                            yield self._event(tokens, reason, chunk)
+                        if reason is not None:
+                            return
+                        if illegal is not None:
+                            break
+            except LostError as error:
+                self._resume(error)
+                continue
             assert illegal is not None, "a stream ends with a finish_reason"
             if self.num_corrections >= self._max_corrections:
                 yield TokenEvent((), "error", self._num_cached, str(illegal))

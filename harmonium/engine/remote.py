@@ -26,19 +26,21 @@ from harmonium.engine.upstream import (
     UpstreamStatistics,
     is_worth_another,
 )
-from harmonium.engine.vllm_wire import Call, Chunk, RefusedError
-from harmonium.errors import EngineBusy, EngineClosed, HarmoniumError, UpstreamError, UpstreamUnavailable
+from harmonium.engine.vllm_wire import Call, Chunk, LostError, RefusedError
+from harmonium.errors import EngineBusy, EngineClosed, HarmoniumError, UpstreamUnavailable
 
 _log = logging.getLogger("harmonium.engine")
 
 
 @dataclass(slots=True)
 class RemoteStatistics:
-    """What the engine did. retries: requests sent to another upstream before their first token. corrections:
-    times that an answer left its grammar and was put right. upstreams: one by one.
+    """What the engine did. retries: requests sent to another upstream before their first token. resumed:
+    answers whose upstream went away and that went on elsewhere. corrections: times that an answer left its
+    grammar and was put right. upstreams: one by one.
     """
 
     retries: int = 0
+    resumed: int = 0
     corrections: int = 0
     upstreams: tuple[UpstreamStatistics, ...] = field(default=())
 
@@ -70,7 +72,7 @@ class RemoteEngine:
         """A copy of the counts as they are now."""
         counts = self._statistics
         each = tuple(upstream.statistics for upstream in self._upstreams)
-        return RemoteStatistics(counts.retries, counts.corrections, each)
+        return RemoteStatistics(counts.retries, counts.resumed, counts.corrections, each)
 
     def admit(self, request: Request) -> None:
         """Check that the request can be served now.
@@ -87,9 +89,10 @@ class RemoteEngine:
         """Continue a sequence: events until one has a finish_reason. Closing the generator closes the
         upstream's request.
 
-        Before the first token another upstream is tried where one fails; after it the answer ends with an
-        error. Raises what `admit` raises; UpstreamError where an upstream breaks off, is silent for too long
-        or sends what is no stream of tokens.
+        Before the first token another upstream is tried where one fails; after it an answer whose upstream
+        went away goes on elsewhere, once, behind the tokens that are here. Raises what `admit` raises;
+        UpstreamError where that fails too, and where an upstream is silent for too long or sends what is no
+        stream of tokens.
         """
         self.admit(request)
         room = self._info.context_length - len(request.token_ids)
@@ -109,6 +112,7 @@ class RemoteEngine:
                 raise
             yield TokenEvent((), "aborted")
         finally:
+            self._statistics.resumed += answer.num_resumed
             if isinstance(answer, GuidedAnswer):
                 self._statistics.corrections += answer.num_corrections
 
@@ -155,7 +159,8 @@ class RemoteEngine:
             if error.is_down:
                 upstream.eject(str(error))
                 return self._nobody(error)
-            return UpstreamError("the server that computes for us broke off")
+            upstream.rest(self._settings.rest_seconds)
+            return LostError("the server that computes for us broke off")
         if error.status >= 500:
             upstream.failures += 1
             _log.warning("%s: %d: %s", upstream.address.text, error.status, error)

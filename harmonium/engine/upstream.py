@@ -220,7 +220,12 @@ class Upstream:
         last: Chunk | None = None
         num_tokens = 0
         while True:
-            data = await lines.next(end - now())
+            try:
+                data = await lines.next(end - now())
+            except (ExchangeError, ExchangeTimeout):
+                if last is None:
+                    raise
+                break  # the answer is whole; what is missing is its usage
             if data is None or data == b"[DONE]":
                 break
             chunk = read_chunk(data, num_top, vocabulary_size)

@@ -101,6 +101,10 @@ class Chunk:
     num_cached: int | None = None
 
 
+class LostError(UpstreamError):
+    """An upstream went away in the middle of an answer, which may go on elsewhere behind what is here."""
+
+
 class RefusedError(Exception):
     """vLLM's error object: the request's fault (4xx) or its own. status: as vLLM gives it."""
 

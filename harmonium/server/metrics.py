@@ -169,6 +169,9 @@ def _upstream_metrics(statistics: RemoteStatistics) -> Iterator[Metric]:
         "harmonium:upstream_retries", "Requests sent to another upstream.", statistics.retries
     )
     yield CounterMetricFamily(
+        "harmonium:upstream_resumed", "Answers that went on elsewhere.", statistics.resumed
+    )
+    yield CounterMetricFamily(
         "harmonium:grammar_corrections", "Times that an answer left its grammar.", statistics.corrections
     )
     gauges = [

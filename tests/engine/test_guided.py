@@ -12,8 +12,8 @@ import numpy.typing as npt
 import pytest
 
 from harmonium.engine import Request, Token, TokenEvent
-from harmonium.engine.guided import GuidedAnswer
-from harmonium.engine.vllm_wire import Call, Chunk
+from harmonium.engine.guided import Answer, GuidedAnswer
+from harmonium.engine.vllm_wire import Call, Chunk, LostError
 from harmonium.errors import EngineError
 from harmonium.harmony.grammar import TurnRules, compile_turn
 from harmonium.harmony.vocabulary import VOCABULARY_SIZE, vocabulary
@@ -214,3 +214,33 @@ def test_turn_of_the_real_grammar_is_put_right() -> None:
     assert last.finish_reason == "stop", last
     assert "to=functions.weather" in text and text.endswith('{"city":"Paris"}<|call|>'), text
     assert max(tokens) < VOCABULARY_SIZE
+
+
+@pytest.mark.parametrize("is_guided", [True, False])
+def test_answer_whose_upstream_goes_away_goes_on_once_behind_its_tokens(is_guided: bool) -> None:
+    calls: list[Call] = []
+
+    async def stream(call: Call) -> AsyncGenerator[Chunk, None]:
+        calls.append(call)
+        if len(calls) <= num_lost:
+            yield Chunk((Token(1),))
+            raise LostError("gone")
+        yield Chunk((Token(2),), "stop")
+
+    async def run() -> list[TokenEvent]:
+        asked = digits([1, 2], [1, 2])
+        plain = Answer(replace(asked, constraint=None), 50, "m")
+        one = GuidedAnswer(asked, 50, "m", 5) if is_guided else plain
+        return [event async for event in one.events(stream)]
+
+    num_lost = 1
+    events = asyncio.run(run())
+    assert [token.token_id for event in events for token in event.tokens] == [1, 2]
+    assert (events[-1].finish_reason, calls[1].token_ids, calls[1].max_tokens) == ("stop", (60, 61, 1), 49)
+    calls.clear()
+    num_lost = 5
+    if is_guided:
+        return  # the second token completes it
+    with pytest.raises(LostError):
+        asyncio.run(run())
+    assert len(calls) == 2

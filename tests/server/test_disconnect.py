@@ -58,7 +58,7 @@ def test_client_that_leaves_frees_slot_and_request(path: str, body: dict[str, An
         for _ in range(3):
             with raw_request(url, body, path):
                 wait_until(lambda: engine.running > 0)
-            wait_until(lambda: engine.running == 0 and state.num_held == 0, 2.0)
+            wait_until(lambda: engine.running == 0 and state.num_held == 0)
     assert set(engine.finished) == {"aborted"}
 
 
@@ -145,7 +145,8 @@ def test_closing_the_engine_ends_streams_with_an_error_object() -> None:
             engine = engine_of(state)
             while engine.running < 2:
                 await asyncio.sleep(0.001)
-            await engine.close()
+            assert state.loaded_engine is not None
+            await state.loaded_engine.close()
             return await posts[0], await posts[1]
 
     streamed, whole = asyncio.run(run())

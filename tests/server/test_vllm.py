@@ -59,12 +59,12 @@ def stub_process(folder: Path, **line: Any) -> Iterator[tuple[subprocess.Popen[s
 
 
 def test_one_of_two_upstreams_is_killed_and_no_request_fails_that_had_not_begun(tmp_path: Path) -> None:
-    """Under load: streams that had begun on the killed one end with an error, all others are whole."""
+    """Under load; those that had begun go on behind their tokens."""
     settings = RemoteSettings(check_seconds=0.1, start_seconds=30.0)
     num = 60
 
     async def one(client: httpx.AsyncClient, number: int) -> tuple[bool, str]:
-        """Whether a token came, and how the stream ended."""
+        """Whether text came, and how the stream ended."""
         body = {"messages": [{"role": "user", "content": f"{number} " * 300}], "stream": True}
         has_begun, last = False, ""
         async with client.stream("POST", PATH, json=body, timeout=60) as response:
@@ -102,10 +102,8 @@ def test_one_of_two_upstreams_is_killed_and_no_request_fails_that_had_not_begun(
     dead, alive = statistics.upstreams
     assert (dead.is_up, alive.is_up) == (False, True)
     assert dead.requests > 0 and alive.requests > num // 2
-    failed = [(has_begun, last) for has_begun, last in ends if last != "data: [DONE]"]
-    assert all(has_begun and "upstream_error" in last for has_begun, last in failed), failed
-    assert len(failed) <= dead.failures
-    assert len(ends) == num
+    assert ends == [(True, "data: [DONE]")] * num
+    assert statistics.resumed > 0
 
 
 def test_no_upstream_is_a_503_with_retry_after() -> None:
