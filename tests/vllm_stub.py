@@ -13,7 +13,6 @@ import threading
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,13 +23,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from harmonium.engine import Engine, Token, TokenEvent
+from harmonium.engine import Engine, ScriptedEngine, Token, TokenEvent
 from harmonium.engine import Request as EngineRequest
 from harmonium.engine.protocol import PromptScorer
 from harmonium.errors import EngineBusy, HarmoniumError
 from harmonium.harmony.vocabulary import VOCABULARY_SIZE
 from harmonium.model.batch import SamplingParams
 from harmonium.server.serve import listen
+from tests.scripted_chat import gen
 from tests.server.live import wait_until
 
 FIELDS = (
@@ -318,16 +318,21 @@ def vllm_server(*stubs: Stub) -> Iterator[tuple[VllmServer, list[str]]]:
         server.close()
 
 
-def run_forever() -> None:
+def continuing(text: str, seconds_per_event: float = 0.0) -> ScriptedEngine:
+    """Writes this answer, as a model would: behind a part of it what follows."""
+    tokens = gen(text)
+
+    def rest(request: EngineRequest) -> tuple[int, ...]:
+        prompt = request.token_ids
+        lengths = range(min(len(tokens), len(prompt)), 0, -1)
+        written = next((n for n in lengths if prompt[len(prompt) - n :] == tokens[:n]), 0)
+        return tokens[written:]
+
+    return ScriptedEngine(rest, seconds_per_event=seconds_per_event)
+
+
+def run_forever(text: str, seconds_per_event: float) -> None:
     """A stub in a process of its own: prints its address; to be killed."""
-    import sys
-
-    from harmonium.script_file import scripted_engine
-
-    with vllm_server(Stub(scripted_engine(Path(sys.argv[1])))) as (_, urls):
+    with vllm_server(Stub(continuing(text, seconds_per_event))) as (_, urls):
         print(urls[0], flush=True)
         asyncio.run(asyncio.sleep(3600))
-
-
-if __name__ == "__main__":
-    run_forever()

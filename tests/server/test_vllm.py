@@ -40,14 +40,12 @@ PATH = "/v1/chat/completions"
 
 
 @contextmanager
-def stub_process(folder: Path, **line: Any) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def stub_process(folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A stub in a process of its own, and its address."""
-    script = folder / "answers.jsonl"
-    script.write_text(json.dumps({**ANSWER, **line}), encoding="utf-8")
-    code = (
-        f"import sys; sys.path.append({str(ROOT)!r}); from tests.vllm_stub import run_forever; run_forever()"
-    )
-    command = [sys.executable, "-c", code, str(script)]
+    text = ANSWER["harmony"]
+    code = f"import sys; sys.path.append({str(ROOT)!r}); from tests.vllm_stub import run_forever as run"
+    code += f"; run({text!r}, 0.02)"
+    command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder, env=ENVIRONMENT) as child:
         assert child.stdout is not None
         try:
@@ -63,18 +61,20 @@ def test_one_of_two_upstreams_is_killed_and_no_request_fails_that_had_not_begun(
     settings = RemoteSettings(check_seconds=0.1, start_seconds=30.0)
     num = 60
 
-    async def one(client: httpx.AsyncClient, number: int) -> tuple[bool, str]:
-        """Whether text came, and how the stream ended."""
+    async def one(client: httpx.AsyncClient, number: int) -> tuple[str, str]:
+        """The text that came, and how the stream ended."""
         body = {"messages": [{"role": "user", "content": f"{number} " * 300}], "stream": True}
-        has_begun, last = False, ""
+        text = last = ""
         async with client.stream("POST", PATH, json=body, timeout=60) as response:
             assert response.status_code == 200
             async for line in response.aiter_lines():
-                has_begun = has_begun or '"content":"' in line
                 last = line or last
-        return has_begun, last
+                if line.startswith("data: {"):
+                    choices = json.loads(line[6:]).get("choices") or [{}]
+                    text += choices[0].get("delta", {}).get("content") or ""
+        return text, last
 
-    async def run(victim: subprocess.Popen[str], urls: list[str]) -> tuple[list[tuple[bool, str]], Any]:
+    async def run(victim: subprocess.Popen[str], urls: list[str]) -> tuple[list[tuple[str, str]], Any]:
         engine = await connect(parse_upstreams(urls, settings), Wanted(), settings)
         state = ServerState(ServerConfig(max_concurrency=200), engine)
         transport = httpx.ASGITransport(create_app(state))
@@ -91,18 +91,12 @@ def test_one_of_two_upstreams_is_killed_and_no_request_fails_that_had_not_begun(
         assert state.num_held == 0
         return list(ends), statistics
 
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    slow: dict[str, Any] = {"delay_seconds": 0.02}
-    with (
-        stub_process(tmp_path / "a", **slow) as (victim, first),
-        stub_process(tmp_path / "b", **slow) as (_, second),
-    ):
+    with stub_process(tmp_path) as (victim, first), stub_process(tmp_path) as (_, second):
         ends, statistics = asyncio.run(run(victim, [first, second]))
     dead, alive = statistics.upstreams
     assert (dead.is_up, alive.is_up) == (False, True)
     assert dead.requests > 0 and alive.requests > num // 2
-    assert ends == [(True, "data: [DONE]")] * num
+    assert ends == [("word " * 20, "data: [DONE]")] * num
     assert statistics.resumed > 0
 
 
