@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -78,6 +78,7 @@ class Exchange:
     ) -> None:
         self._reader, self._writer = reader, writer
         self._register = register
+        self._is_late = False
         register.add(self)
         self._loop = asyncio.get_running_loop()
         self._wire = h11.Connection(h11.CLIENT, max_incomplete_event_size=_MAX_HEAD_BYTES)
@@ -91,7 +92,8 @@ class Exchange:
             data = self._wire.send(event)
             if data:
                 self._writer.write(data)
-        await _within(self._writer.drain(), seconds)
+        with self._ending(seconds):
+            await self._writer.drain()
         while True:
             event = await self._event(end - self._loop.time())
             if isinstance(event, h11.Response):
@@ -109,10 +111,36 @@ class Exchange:
                 event = self._wire.next_event()
                 if event is not h11.NEED_DATA:
                     return event
-                data = await _within(self._reader.read(_READ_BYTES), end - self._loop.time())
+                with self._ending(end - self._loop.time()):
+                    data = await self._reader.read(_READ_BYTES)
                 self._wire.receive_data(data)
         except h11.RemoteProtocolError as error:
             raise ExchangeError(f"the answer is broken off or no HTTP ({error})") from None
+
+    @contextlib.contextmanager
+    def _ending(self, seconds: float) -> Iterator[None]:
+        """Cut the connection when what is awaited inside takes longer.
+
+        asyncio.wait_for would do, if before Python 3.12 it did not lose a cancellation that comes together
+        with its result: then nobody would notice that a client has left.
+        """
+        timer = self._loop.call_later(max(seconds, 0.0), self._expire)
+        try:
+            yield
+        except (OSError, EOFError) as error:
+            self._check_time()
+            raise ExchangeError(_reason(error)) from None
+        finally:
+            timer.cancel()
+        self._check_time()
+
+    def _expire(self) -> None:
+        self._is_late = True
+        self._abort()
+
+    def _check_time(self) -> None:
+        if self._is_late:
+            raise ExchangeTimeout("nothing came in time")
 
     async def piece(self, seconds: float) -> bytes | None:
         """The next bytes of the body, None at its end. Raises ExchangeError, ExchangeTimeout."""
@@ -168,14 +196,7 @@ async def open_exchange(
     Raises ExchangeError, ExchangeTimeout (a connection that takes too long is an ExchangeError).
     """
     tls = ssl.create_default_context() if address.is_tls else None
-    try:
-        reader, writer = await asyncio.wait_for(
-            asyncio.open_connection(address.host, address.port, ssl=tls), connect_seconds
-        )
-    except asyncio.TimeoutError:
-        raise ExchangeError(f"no connection within {connect_seconds:g} s") from None
-    except (OSError, ValueError) as error:  # ValueError: a host name that is none (UnicodeError)
-        raise ExchangeError(getattr(error, "strerror", None) or str(error) or "no connection") from None
+    reader, writer = await _connect(address, tls, connect_seconds)
     exchange = Exchange(reader, writer, register)
     sent = {
         "host": address.host_header,
@@ -193,13 +214,37 @@ async def open_exchange(
     return exchange
 
 
-async def _within(work: Any, seconds: float) -> Any:
+async def _connect(
+    address: Address, tls: ssl.SSLContext | None, seconds: float
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    connecting = asyncio.create_task(asyncio.open_connection(address.host, address.port, ssl=tls))
     try:
-        return await asyncio.wait_for(work, max(seconds, 0.0))
-    except asyncio.TimeoutError:
-        raise ExchangeTimeout("nothing came in time") from None
-    except (OSError, EOFError) as error:
-        raise ExchangeError(getattr(error, "strerror", None) or str(error) or "connection lost") from None
+        await asyncio.wait({connecting}, timeout=seconds)
+    except asyncio.CancelledError:
+        _abandon(connecting)
+        raise
+    if not connecting.done():
+        _abandon(connecting)
+        raise ExchangeError(f"no connection within {seconds:g} s")
+    try:
+        return connecting.result()
+    except (OSError, ValueError) as error:  # ValueError: a host name that is none (UnicodeError)
+        raise ExchangeError(_reason(error)) from None
+
+
+def _abandon(connecting: asyncio.Task[tuple[asyncio.StreamReader, asyncio.StreamWriter]]) -> None:
+    """Cancel it; close the connection if it stands all the same."""
+
+    def close(task: asyncio.Task[tuple[asyncio.StreamReader, asyncio.StreamWriter]]) -> None:
+        if not task.cancelled() and task.exception() is None:
+            task.result()[1].transport.abort()
+
+    connecting.cancel()
+    connecting.add_done_callback(close)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or "connection lost"
 
 
 class EventLines:

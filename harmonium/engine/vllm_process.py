@@ -148,8 +148,7 @@ class VllmProcess:
         """Wait for its end; what to say of it, with its last lines."""
         assert self._process is not None and self._reader is not None, "it was started"
         code = await self._process.wait()
-        with contextlib.suppress(asyncio.TimeoutError):  # its own children may hold the pipe open
-            await asyncio.wait_for(asyncio.shield(self._reader), 2.0)
+        await asyncio.wait({self._reader}, timeout=2.0)  # its own children may hold the pipe open
         how = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
         lines = "\n  ".join(list(self._lines)[-_SHOWN_LINES:])
         return EngineError(
@@ -190,8 +189,8 @@ class VllmProcess:
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGTERM)
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(process.wait(), _STOP_SECONDS)
+            ending = asyncio.create_task(process.wait())
+            await asyncio.wait({ending}, timeout=_STOP_SECONDS)
         _kill_group(process.pid, signal.SIGKILL)
         await process.wait()
         if self._reader is not None:

@@ -189,3 +189,42 @@ def test_any_json_is_a_chunk_or_a_clear_error(value: Any, num_top: int | None) -
     ):
         with contextlib.suppress(UpstreamError, RefusedError):
             read()
+
+
+@pytest.mark.parametrize("turns", range(6))
+def test_cancellation_that_comes_together_with_a_token_is_not_lost(turns: int) -> None:
+    """asyncio.wait_for of Python 3.10 and 3.11 loses it."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(HEAD)
+        try:
+            await reader.read(-1)
+        finally:
+            writer.transport.abort()
+
+    async def run() -> None:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        async with server:
+            port = server.sockets[0].getsockname()[1]
+            upstream = Upstream(parse_address(f"http://127.0.0.1:{port}"), is_up=True)
+            engine = RemoteEngine([upstream], INFO)
+            request = Request("r", (1,))
+            task = asyncio.create_task(collect(engine, request))
+            while not upstream._exchanges or not next(iter(upstream._exchanges)).status:
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(0.01)
+            piece = event(5)
+            next(iter(upstream._exchanges))._reader.feed_data(b"%x\r\n%b\r\n" % (len(piece), piece))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait({task}, timeout=5)
+            assert task.cancelled()
+            assert upstream.running == 0
+            await engine.close()
+
+    asyncio.run(run())
+
+
+async def collect(engine: RemoteEngine, request: Request) -> list[TokenEvent]:
+    return [each async for each in engine.generate(request)]
