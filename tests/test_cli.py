@@ -84,7 +84,7 @@ def lines(text: str) -> list[str]:
         (["serve", "x", "--limit", "frogs=1"], "--limit is 'frogs=1'"),
         (["serve", "x", "--port", "70000"], "port is 70,000"),
         (["serve", "x", "--engine", "script:y"], "both MODEL and --engine"),
-        (["serve", "--engine", "vllm=x"], "--engine is 'vllm=x'"),
+        (["serve", "--engine", "vllm=x"], "'x' is no address of a server"),
     ],
 )
 def test_mistake_costs_one_line_and_exit_code_2(
