@@ -139,7 +139,7 @@ def _start(settings: FinetuneSettings, rank: int, meeting: Path) -> subprocess.P
 
 def _meet(meeting: Path, rank: int, size: int) -> World:
     # The loopback alone: nothing of a run is open to the network.
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.putenv("GLOO_SOCKET_IFNAME", "lo")  # read by the library, below Python
     with _errors():
         dist.init_process_group(
             "gloo", init_method=meeting.as_uri(), rank=rank, world_size=size, timeout=WAIT
