@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -111,23 +111,22 @@ class VllmProcess:
 
     async def start(self) -> None:
         """Start it. Raises ConfigError when there is no such program."""
-        try:
-            self._process = await asyncio.create_subprocess_exec(
-                *self.command.words,
-                env=self.command.environment,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.STDOUT,
-                limit=_MAX_LINE_BYTES,
-                start_new_session=True,  # a Ctrl-C is for us: we let its answers end first
-                preexec_fn=_death_signal(),
-            )
-        except OSError as error:
-            reason = error.strerror or str(error)
+        program = self.command.words[0]
+        if shutil.which(program) is None:
             raise ConfigError(
-                f"cannot start {self.command.words[0]!r}: {reason} (install vLLM in an environment of its "
-                "own and give its program with --vllm-command, or start it and use --engine vllm=URL)"
-            ) from None
+                f"there is no program {program!r} (install vLLM in an environment of its own and give its "
+                "program with --vllm-command, or start it and use --engine vllm=URL)"
+            )
+        self._process = await asyncio.create_subprocess_exec(
+            *_dying_with_us(),
+            *self.command.words,
+            env=self.command.environment,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            limit=_MAX_LINE_BYTES,
+            start_new_session=True,  # a Ctrl-C is for us: we let its answers end first
+        )
         self._reader = asyncio.create_task(self._read(self._process))
 
     async def _read(self, process: asyncio.subprocess.Process) -> None:
@@ -208,9 +207,13 @@ def _kill_group(pid: int, number: signal.Signals) -> None:
         os.killpg(pid, number)
 
 
-def _death_signal() -> Callable[[], None] | None:
-    """Runs in the child before the program: on Linux it gets SIGTERM when we die, even by SIGKILL."""
+def _dying_with_us() -> tuple[str, ...]:
+    """Words in front of a command: on Linux the program gets SIGTERM when we die, even by SIGKILL.
+
+    A program of its own that becomes the other: code between fork and exec is not safe beside threads.
+    """
     if sys.platform != "linux":
-        return None
-    prctl = ctypes.CDLL(None).prctl
-    return lambda: prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+        return ()
+    ask = f"ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {int(signal.SIGTERM)}, 0, 0, 0)"
+    code = f"import ctypes, os, sys; {ask}; os.execvp(sys.argv[1], sys.argv[1:])"
+    return (sys.executable, "-I", "-S", "-c", code)
