@@ -172,6 +172,7 @@ inline void score_rows(const AttentionTile& t, const Work& w, std::int64_t row, 
     const Plain keys = {w.key + n, kKeyChunk};
     if (row == 0 && n < next.rows->count) {
       const Ahead<Chunk> ahead = {keys, &next, n};
+      next.ask_scales(n);
       product_block<false>(query, t.head_size, ahead, t.head_size, w.score + n, kKeyChunk, nullptr);
     } else {
       product_block<false>(query, t.head_size, keys, t.head_size, w.score + n, kKeyChunk, nullptr);

@@ -33,6 +33,8 @@ struct Bf16Chunk {
     for (std::int64_t i = 0; i < padded; i += kLanes) transpose_keys(at + i, head_size, out + i);
   }
 
+  HARMONIUM_INLINE void ask_scales(std::int64_t) const {}
+
   // Step k of head_size: a piece of the memory of kPair positions from the given one.
   HARMONIUM_INLINE void ask(std::int64_t position, std::int64_t k) const {
     const std::int64_t at = rows->at[position] * head_size + k * kPair;
@@ -83,13 +85,16 @@ struct Int8Chunk {
     for (std::int64_t i = 0; i < padded; i += kLanes) transpose_keys(at + i, head_size, key_scale + i, out + i);
   }
 
+  // Those of kPair positions, a line of 32 at a time.
+  HARMONIUM_INLINE void ask_scales(std::int64_t position) const {
+    for (std::int64_t at = rows->at[position] * groups, end = at + kPair * groups; at < end; at += 32) {
+      prefetch(key_scales + at);
+      prefetch(value_scales + at);
+    }
+  }
+
   // Keys at even steps, values at odd ones: half the bytes of bf16 take half the requests.
   HARMONIUM_INLINE void ask(std::int64_t position, std::int64_t k) const {
-    const std::int64_t row = rows->at[position];
-    prefetch((k & 1 ? values : keys) + row * head_size + k / 2 * 2 * kPair);
-    if (k * 32 < kPair * groups) {
-      prefetch(key_scales + row * groups + k * 32);
-      prefetch(value_scales + row * groups + k * 32);
-    }
+    prefetch((k & 1 ? values : keys) + rows->at[position] * head_size + k / 2 * 2 * kPair);
   }
 };
