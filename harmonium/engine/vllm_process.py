@@ -117,6 +117,7 @@ class VllmProcess:
                 f"there is no program {program!r} (install vLLM in an environment of its own and give its "
                 "program with --vllm-command, or start it and use --engine vllm=URL)"
             )
+        self._lines.clear()
         self._process = await asyncio.create_subprocess_exec(
             *_dying_with_us(),
             *self.command.words,

@@ -134,6 +134,9 @@ port = int(words[words.index("--port") + 1])
 from pathlib import Path
 with open(words[words.index("--pids") + 1], "a") as file:
     file.write(f"{{os.getpid()}}\\n")
+if "--sleep" in words:
+    import time
+    time.sleep(600)
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -252,6 +255,16 @@ def test_vllm_does_not_outlive_a_killed_server(tmp_path: Path) -> None:
         (pid,) = server.children()
         server.child.kill()
         wait_until(lambda: not is_alive(pid), 30)
+
+
+def test_vllm_that_is_still_starting_is_stopped_with_the_server(tmp_path: Path) -> None:
+    with launched(tmp_path, "--sleep") as server:
+        wait_until(lambda: server.pids.exists() and server.children(), 60)
+        assert httpx.get(f"{server.url}/health").json()["status"] == "loading"
+        (pid,) = server.children()
+        server.child.send_signal(signal.SIGTERM)
+        server.child.wait(60)
+        assert not is_alive(pid)
 
 
 def test_vllm_that_cannot_start_is_an_error_with_its_last_lines(tmp_path: Path) -> None:
