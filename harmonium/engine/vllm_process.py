@@ -147,8 +147,8 @@ class VllmProcess:
     async def died(self) -> EngineError:
         """Wait for its end; what to say of it, with its last lines."""
         assert self._process is not None and self._reader is not None, "it was started"
-        code = await self._process.wait()
-        await asyncio.wait({self._reader}, timeout=2.0)  # its own children may hold the pipe open
+        code = await _ended(self._process)
+        await asyncio.wait({self._reader}, timeout=1.0)  # its own children may hold the pipe open
         how = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
         lines = "\n  ".join(list(self._lines)[-_SHOWN_LINES:])
         return EngineError(
@@ -189,17 +189,25 @@ class VllmProcess:
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGTERM)
-            ending = asyncio.create_task(process.wait())
+            ending = asyncio.create_task(_ended(process))
             await asyncio.wait({ending}, timeout=_STOP_SECONDS)
         _kill_group(process.pid, signal.SIGKILL)
-        await process.wait()
+        await _ended(process)
         if self._reader is not None:
+            await asyncio.wait({self._reader}, timeout=2.0)
             self._reader.cancel()
             await asyncio.gather(self._reader, return_exceptions=True)
 
     def _kill(self, number: signal.Signals) -> None:
         if self._process is not None:
             _kill_group(self._process.pid, number)
+
+
+async def _ended(process: asyncio.subprocess.Process) -> int:
+    """Its exit code, when it has ended. Process.wait also waits for its children to let go of the pipe."""
+    while process.returncode is None:
+        await asyncio.sleep(0.05)
+    return process.returncode
 
 
 def _kill_group(pid: int, number: signal.Signals) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -34,6 +35,35 @@ def test_program_that_keeps_dying_is_started_again_so_often_and_no_more(tmp_path
     asyncio.run(asyncio.wait_for(run(), 60))
     assert starts.read_text() == "x" * (MAX_RESTARTS + 1)
     assert len(failures) == 1 and str(failures[0]) == "vLLM ended with code 3; its last lines:\n  no room"
+
+
+def test_program_whose_children_live_on_is_started_again_and_they_are_ended(tmp_path: Path) -> None:
+    """As when a vLLM's server is killed and its engine, which holds the same pipe, is not."""
+    pids = tmp_path / "pids"
+    code = (
+        "import os, time\n"
+        "child = os.fork()\n"
+        f"if child: open({str(pids)!r}, 'a').write(f'{{os.getpid()}} {{child}} ')\n"
+        "time.sleep(600)"
+    )
+
+    async def written(count: int) -> list[int]:
+        while not pids.exists() or len(pids.read_text().split()) < count:
+            await asyncio.sleep(0.01)
+        return [int(word) for word in pids.read_text().split()]
+
+    async def run() -> None:
+        process = VllmProcess(python(code))
+        await process.start()
+        process.keep(lambda error: None)
+        first, child = await written(2)
+        os.kill(first, signal.SIGKILL)
+        await written(4)
+        assert not _runs(child)
+        await process.stop()
+        assert not any(map(_runs, await written(4)))
+
+    asyncio.run(asyncio.wait_for(run(), 60))
 
 
 def test_stop_ends_what_ignores_sigterm_and_what_it_started(
