@@ -245,7 +245,7 @@ def test_vllm_is_started_restarted_when_it_dies_and_stopped_at_the_end(tmp_path:
         assert is_alive(second)
         server.child.send_signal(signal.SIGTERM)
         assert server.child.wait(60) == 0
-        assert not is_alive(second)
+        wait_until(lambda: not is_alive(second))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the signal of a parent's death is Linux's")
@@ -264,7 +264,7 @@ def test_vllm_that_is_still_starting_is_stopped_with_the_server(tmp_path: Path) 
         (pid,) = server.children()
         server.child.send_signal(signal.SIGTERM)
         server.child.wait(60)
-        assert not is_alive(pid)
+        wait_until(lambda: not is_alive(pid))
 
 
 def test_vllm_that_cannot_start_is_an_error_with_its_last_lines(tmp_path: Path) -> None:
