@@ -29,13 +29,9 @@ OVER_VLLM = frozenset(
 )
 
 
-OWN_ENGINE: dict[str, str] = {}
-"""Tests of these modules that have nothing to learn over vLLM, and why."""
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     name = metafunc.module.__name__.rpartition(".")[2]
-    if name in OVER_VLLM and metafunc.definition.name not in OWN_ENGINE:
+    if name in OVER_VLLM:
         metafunc.parametrize("engine_kind", ["own", "vllm"], indirect=True)
 
 
