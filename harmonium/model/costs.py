@@ -8,18 +8,18 @@ lower.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from harmonium.checkpoint.model_config import ModelConfig
 from harmonium.config import KvCache, Weights
-from harmonium.model.memory import cached_row_bytes
 
 ExpertFormat = Literal["mxfp4", "bf16"]
 Bound = Literal["bandwidth", "operations"]
 
 BLOCK = 32
-"""Values that share a scale, in MXFP4 (one byte of scale) and in int8 weights (two bytes)."""
+"""Values that share a scale: in MXFP4 (one byte of scale), int8 weights and int8 caches (two bytes)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +111,11 @@ def _dense_bytes(weights: Weights) -> float:
 def _attention_weights(config: ModelConfig) -> int:
     query = config.num_heads * config.head_size
     return config.hidden_size * (2 * query + 2 * config.num_kv_heads * config.head_size)
+
+
+def cached_row_bytes(head_size: int, kv_cache: KvCache) -> int:
+    """One head's key, or value, of one position: 2 bytes a number, or 1 and a bf16 scale per 32."""
+    return 2 * head_size if kv_cache == "bf16" else head_size + 2 * math.ceil(head_size / BLOCK)
 
 
 def _cache_bytes(config: ModelConfig, context: float, kv_cache: KvCache) -> float:

@@ -22,7 +22,6 @@ import numpy as np
 import numpy.typing as npt
 
 from harmonium.checkpoint.expert_pieces import ExpertPieces
-from harmonium.kernels.matmul import allocate
 from harmonium.model.direct_reads import DirectReader, Range, Ticket, aligned
 from harmonium.model.streaming_memory import ALIGNMENT
 
@@ -71,6 +70,9 @@ class ExpertCache:
     ) -> None:
         """Takes num_slots * slot_bytes of memory, as slots are used. Raises CheckpointError, MemoryError."""
         assert num_slots >= 1 and slot_bytes % ALIGNMENT == 0
+        # Here: statistics know this module, and engines without kernels have statistics.
+        from harmonium.kernels.matmul import allocate
+
         assert slot_bytes >= max(map(_most_bytes, layers)), "an expert does not fit a slot"
         self._layers = list(layers)
         self._slot_bytes = slot_bytes

@@ -10,8 +10,8 @@ from harmonium.checkpoint.model_config import LayerKind, ModelConfig
 from harmonium.config import CACHE_BLOCK_TOKENS, EngineConfig, KvCache, Weights
 from harmonium.errors import ConfigError, MemoryPlanError
 from harmonium.kernels import attention_scratch_bytes, matmul_scratch_bytes, packed_shape
-from harmonium.kernels.ops import SCALE_GROUP
 from harmonium.kernels.sampling import sampling_scratch_bytes
+from harmonium.model.costs import cached_row_bytes
 from harmonium.model.streaming_memory import (
     STREAMED_BATCH_TOKENS,
     least_slots,
@@ -151,11 +151,6 @@ def block_bytes(config: ModelConfig, kind: LayerKind, kv_cache: KvCache = "bf16"
     """One block of keys and values of every layer of that kind."""
     rows = config.layer_kinds.count(kind) * 2 * config.num_kv_heads * CACHE_BLOCK_TOKENS
     return rows * cached_row_bytes(config.head_size, kv_cache)
-
-
-def cached_row_bytes(head_size: int, kv_cache: KvCache) -> int:
-    """One head's key, or value, of one position: 2 bytes a number, or 1 and a bf16 scale per 32."""
-    return 2 * head_size if kv_cache == "bf16" else head_size + 2 * math.ceil(head_size / SCALE_GROUP)
 
 
 def dense_bytes(config: ModelConfig, weights: Weights) -> int:

@@ -8,6 +8,7 @@ import json
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -254,16 +255,21 @@ def test_adapters_are_not_changed_unless_the_operator_allows_it() -> None:
 # ---- at start
 
 
+def _server(state: ServerState) -> Any:
+    """What the making of an engine uses of a server."""
+    return SimpleNamespace(state=state, fail=None)
+
+
 def test_an_adapter_that_has_the_models_name_is_refused(model: Path, tmp_path: Path) -> None:
     from harmonium.server.serve import _make_engine
 
     config = EngineConfig(lora=(LoraSource("tiny", tmp_path),))
     with pytest.raises(ConfigError, match="adapter 'tiny' has the name of the model"):
-        asyncio.run(_make_engine(ServerState(), str(model), None, config))
+        asyncio.run(_make_engine(_server(ServerState()), str(model), config))
     named = ServerState(ServerConfig(model_names=("cat",)))
     config = EngineConfig(lora=(LoraSource("cat", tmp_path),))
     with pytest.raises(ConfigError, match="adapter 'cat' has the name of the model"):
-        asyncio.run(_make_engine(named, str(model), None, config))
+        asyncio.run(_make_engine(_server(named), str(model), config))
 
 
 def test_a_script_takes_no_adapter(tmp_path: Path) -> None:
@@ -271,7 +277,7 @@ def test_a_script_takes_no_adapter(tmp_path: Path) -> None:
 
     config = EngineConfig(lora=(LoraSource("cat", tmp_path),))
     with pytest.raises(ConfigError, match="--lora is given with --engine script:FILE"):
-        asyncio.run(_make_engine(ServerState(), None, tmp_path / "x", config))
+        asyncio.run(_make_engine(_server(ServerState()), tmp_path / "x", config))
 
 
 def options(*words: str) -> argparse.Namespace:

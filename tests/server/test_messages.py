@@ -387,8 +387,8 @@ def test_failures_around_the_route_have_the_same_shape(
     status: int, kind: str, options: dict[str, Any]
 ) -> None:
     state = make_state(ANSWER, api_keys=("sk-a",))
-    headers = {"x-api-key": "sk-a", **options.pop("headers", {})}
-    response = call(state, "POST", "/v1/messages", headers=headers, **options)
+    headers = {"x-api-key": "sk-a", **options.get("headers", {})}
+    response = call(state, "POST", "/v1/messages", **{**options, "headers": headers})
     assert error_of(response, status)["type"] == kind
 
 

@@ -97,7 +97,7 @@ def test_one_of_two_upstreams_is_killed_and_no_request_fails_that_had_not_begun(
     assert (dead.is_up, alive.is_up) == (False, True)
     assert dead.requests > 0 and alive.requests > num // 2
     assert ends == [("word " * 20, "data: [DONE]")] * num
-    assert statistics.resumed > 0
+    assert statistics.retries + statistics.resumed > 0  # which of the two: by the moment of the kill
 
 
 def test_no_upstream_is_a_503_with_retry_after() -> None:
