@@ -33,8 +33,8 @@ from compare_rows import Measured, Side, Wish
 from compare_server import at_address
 from compare_table import Round, print_table, report
 
+from harmonium.config import probe_hardware
 from harmonium.errors import ConfigError, HarmoniumError
-from harmonium.kernels.runtime import current_threads
 
 PROGRAMS = ("bench", "batched_bench", "server")
 PEERS: dict[str, str] = {"llama": "llama.cpp", "ik": "ik_llama.cpp"}
@@ -173,7 +173,7 @@ def wish_of(arguments: argparse.Namespace) -> Wish:
 
 
 def sides_of(arguments: argparse.Namespace) -> list[Side]:
-    threads = arguments.threads or current_threads()
+    threads = arguments.threads or len(probe_hardware(()).cores)
     sides: list[Side] = [Ours(arguments.model, arguments.weights, threads, arguments.timeout)]
     for short, name in reversed(PEERS.items()):
         bench, batched, server = (getattr(arguments, f"{short}_{program}") for program in PROGRAMS)
@@ -203,7 +203,7 @@ def settings_of(arguments: argparse.Namespace, wish: Wish) -> dict[str, Any]:
     """What decides the figures, without the paths of this machine."""
     return {
         "checkpoint": arguments.model.name,
-        "threads": arguments.threads or current_threads(),
+        "threads": arguments.threads or len(probe_hardware(()).cores),
         "prefill": wish.prefill,
         "decode": wish.decode,
         "depth": wish.depth,

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import numpy.typing as npt
 
+from harmonium.config import probe_hardware
 from harmonium.kernels import matmul, runtime
 from harmonium.kernels.matmul import Activations
 
@@ -226,7 +227,7 @@ def limit_rows(isa: str, threads: int) -> Iterator[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the matrix kernels against this machine's limits.")
-    parser.add_argument("--threads", type=int, default=runtime.current_threads())
+    parser.add_argument("--threads", type=int, default=len(probe_hardware(()).cores))
     parser.add_argument("--isa", choices=runtime.supported_isa(), default=runtime.current_isa())
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"{' and '.join(GROUPS)}; both by default")
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each row")
