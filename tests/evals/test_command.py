@@ -55,7 +55,11 @@ def run(data: Path, tmp_path: Path) -> Iterator[Callable[..., dict[str, Any]]]:
     """Run the command against a model that answers the n-th question by this function; gives the report."""
 
     def run(
-        answer: Callable[[int], str | Script], *words: str, code: int = 0, **config: Any
+        answer: Callable[[int], str | Script],
+        *words: str,
+        code: int = 0,
+        server: ServerConfig | None = None,
+        **config: Any,
     ) -> dict[str, Any]:
         def script(request: Request) -> Script:
             made = answer(number_of(request))
@@ -63,7 +67,7 @@ def run(data: Path, tmp_path: Path) -> Iterator[Callable[..., dict[str, Any]]]:
 
         info = EngineInfo("scripted-20b", 131_072, 201_088, engine="scripted")
         engine = ScriptedEngine(script, info=info, **config)
-        with served(ServerState(ServerConfig(), engine)) as url:
+        with served(ServerState(server or ServerConfig(), engine)) as url:
             out = tmp_path / "out"
             command = ["eval", "gsm8k", "--base-url", url, "--data", str(data), "--out", str(out), *words]
             assert main(command) == code
@@ -152,7 +156,9 @@ def test_efforts_samples_and_limit_multiply(run: Callable[..., dict[str, Any]], 
 
 def test_full_server_is_waited_for(run: Callable[..., dict[str, Any]]) -> None:
     """One answer at a time, no queue: the others get 429 and come again."""
-    (low,) = run(right, "--effort", "low", "--concurrency", "2", max_running=1)["efforts"]
+    # The server's limit: a slot is taken before anything else; the scripted engine's is looked at twice.
+    full = ServerConfig(max_concurrency=1, max_queue=0)
+    (low,) = run(right, "--effort", "low", "--concurrency", "2", server=full)["efforts"]
     assert (low["right"], low["errors"]) == (8, 0)
 
 
