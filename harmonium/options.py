@@ -59,6 +59,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if wrong is not None:
         raise ConfigError(f"no option {wrong}{near(wrong, _options(parser))}")
     arguments, unknown = parser.parse_known_args(argv)
+    if first == "chat" and arguments.question is None and len(unknown) == 1 and _is_text(unknown[0]):
+        # argparse has given the optional question up when it reaches an option behind MODEL.
+        arguments.question = unknown.pop()
     if unknown:
         options = _options(commands[first]) if first is not None else _options(parser)
         word = next((word for word in unknown if word.startswith("-") and word != "-"), None)
@@ -77,6 +80,11 @@ def _split(argv: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
     """The words before `--`, and those behind it."""
     place = argv.index("--") if "--" in argv else len(argv)
     return argv[:place], argv[place + 1 :]
+
+
+def _is_text(word: str) -> bool:
+    """Whether argparse takes the word for an argument and not for an option."""
+    return not word.startswith("-") or word == "-" or " " in word
 
 
 def _is_question(word: str) -> bool:

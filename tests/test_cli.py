@@ -13,6 +13,7 @@ from harmonium import __version__, cli, loading, options
 from harmonium.config import EngineConfig
 from harmonium.engine.protocol import Token
 from harmonium.engine.scripted import Script, ScriptedEngine
+from harmonium.errors import ConfigError
 from harmonium.harmony.vocabulary import vocabulary
 from harmonium.testing import make_tiny_checkpoint
 from tests.scripted_chat import FINAL, REASONED, gen
@@ -399,6 +400,33 @@ def test_the_only_word_of_chat_is_a_question_unless_it_is_a_model(
 ) -> None:
     arguments = options.parse(["chat", *words])
     assert (arguments.model, arguments.question) == (model, question)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["tiny", "Who are you?", "--max-tokens", "5", "--json"],
+        ["tiny", "--max-tokens", "5", "--json", "Who are you?"],
+        ["--max-tokens", "5", "tiny", "--json", "Who are you?"],
+        ["--json", "--max-tokens", "5", "tiny", "Who are you?"],
+    ],
+)
+def test_question_is_found_before_behind_and_between_options(words: list[str]) -> None:
+    arguments = options.parse(["chat", *words])
+    assert (arguments.model, arguments.question) == ("tiny", "Who are you?")
+    assert (arguments.max_tokens, arguments.json) == (5, True)
+
+
+@pytest.mark.parametrize("question", ["-", "- 5 + 3?", "Hello"])
+def test_question_behind_an_adapter_may_be_any_text(question: str) -> None:
+    arguments = options.parse(["chat", "tiny", "--lora", "a=adapters/a", question])
+    assert (arguments.model, arguments.question) == ("tiny", question)
+
+
+@pytest.mark.parametrize("words", [["tiny", "--json", "one", "two"], ["tiny", "one", "--json", "two"]])
+def test_second_question_is_one_word_too_many(words: list[str]) -> None:
+    with pytest.raises(ConfigError, match="one word too many"):
+        options.parse(["chat", *words])
 
 
 def test_a_folder_with_blanks_in_its_name_is_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The command as a child process: closed streams, full disk, Ctrl-C, a reader that leaves, what --help loads."""
+"""The command as a child process: closed streams, a full disk, Ctrl-C, a reader that leaves."""
 
 from __future__ import annotations
 
