@@ -23,8 +23,8 @@ from harmonium.harmony import (
 )
 from harmonium.harmony.grammar import TurnRules, compile_turn
 from harmonium.harmony.grammar_text import TextFormat, json_schema_format
+from tests.harmony.followed_turns import PERSON, TOOLS, WEATHER, WEATHER_MAP
 from tests.harmony.random_turns import walk
-from tests.harmony.test_grammar import PERSON, TOOLS, WEATHER, WEATHER_MAP
 
 ALL_NAMES = [tool.name for tool in TOOLS] + ["browser", "python"]
 SCHEMAS = {
