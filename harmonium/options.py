@@ -204,6 +204,12 @@ def _add_running(parent: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         metavar="S",
         help="about how long a new prompt may hold up running answers at a time; 0: no limit (default 0.4)",
     )
+    _add_memory(group)
+    return group
+
+
+def _add_memory(group: argparse._ArgumentGroup) -> None:
+    """Where weights and cache lie, and what computes on them."""
     group.add_argument(
         "--experts",
         choices=("auto", "mapped", "packed", "streamed"),
@@ -236,7 +242,6 @@ def _add_running(parent: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group.add_argument(
         "--memory-limit", type=memory_bytes, metavar="SIZE", help="such as 14GiB; default: what is free"
     )
-    return group
 
 
 def add_serve_options(parser: argparse.ArgumentParser) -> None:

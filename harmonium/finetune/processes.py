@@ -6,12 +6,14 @@ settings and only compute. They meet through a file in a temporary folder, and t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from harmonium.errors import TrainingError
+from harmonium.errors import HarmoniumError, TrainingError
 from harmonium.finetune.settings import FinetuneSettings
 
 WAIT = timedelta(hours=1)
@@ -30,6 +32,9 @@ WAIT = timedelta(hours=1)
 
 PATIENCE = 30.0
 """Seconds in which a process ends when all steps are done."""
+
+_LOOK_EVERY = 0.05
+"""Seconds between looks at processes that start."""
 
 
 _CODE = (
@@ -104,11 +109,11 @@ def shared_run(settings: FinetuneSettings) -> Iterator[World]:
         yield World()
         return
     with tempfile.TemporaryDirectory(prefix="harmonium-finetune-") as folder:
-        meeting = Path(folder) / "meeting"
-        children = [_start(settings, rank, meeting) for rank in range(1, settings.processes)]
+        children = [_start(settings, rank, Path(folder)) for rank in range(1, settings.processes)]
         is_done = False
         try:
-            yield _meet(meeting, 0, settings.processes)
+            _await_start(children, Path(folder))
+            yield _meet(Path(folder), 0, settings.processes)
             is_done = True
         finally:
             for child in children:
@@ -126,24 +131,40 @@ def _end(child: subprocess.Popen[bytes], patience: float) -> None:
         child.wait()
 
 
-def _start(settings: FinetuneSettings, rank: int, meeting: Path) -> subprocess.Popen[bytes]:
-    task = {"settings": asdict(settings), "rank": rank, "meeting": str(meeting)}
+def _await_start(children: Sequence[subprocess.Popen[bytes]], folder: Path) -> None:
+    """Until all have loaded: from then on one that ends is noticed by its closed connections."""
+    while not all(_ready(folder, rank).exists() for rank in range(1, len(children) + 1)):
+        for rank, child in enumerate(children, 1):
+            if child.poll() is not None:
+                raise TrainingError(
+                    f"process {rank} of the run ended while it started, with code {child.returncode}"
+                )
+        time.sleep(_LOOK_EVERY)
+    (folder / "go").touch()
+
+
+def _ready(folder: Path, rank: int) -> Path:
+    return folder / f"ready-{rank}"
+
+
+def _start(settings: FinetuneSettings, rank: int, folder: Path) -> subprocess.Popen[bytes]:
+    task = {"settings": asdict(settings), "rank": rank, "folder": str(folder), "parent": os.getpid()}
     # Python's own search path, so that the child finds the same packages and not what lies around.
     words = [sys.executable, "-c", _CODE, json.dumps(sys.path)]
     child = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
     assert child.stdin is not None
-    child.stdin.write(json.dumps(task).encode())
-    child.stdin.close()
+    with contextlib.suppress(BrokenPipeError):  # it is gone already, which is found when it is awaited
+        child.stdin.write(json.dumps(task).encode())
+        child.stdin.close()
     return child
 
 
-def _meet(meeting: Path, rank: int, size: int) -> World:
+def _meet(folder: Path, rank: int, size: int) -> World:
     # The loopback alone: nothing of a run is open to the network.
     os.putenv("GLOO_SOCKET_IFNAME", "lo")  # read by the library, below Python
     with _errors():
-        dist.init_process_group(
-            "gloo", init_method=meeting.as_uri(), rank=rank, world_size=size, timeout=WAIT
-        )
+        meeting = (folder / "meeting").as_uri()
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size, timeout=WAIT)
     return World(rank, size)
 
 
@@ -156,11 +177,15 @@ def compute_along() -> None:
     given = task["settings"]
     given["targets"] = tuple(given["targets"])
     settings = FinetuneSettings(**given)
-    world = _meet(Path(task["meeting"]), task["rank"], settings.processes)
+    folder = Path(task["folder"])
+    _ready(folder, task["rank"]).touch()
     code = 1
-    try:
-        compute_steps(settings, world)
+    # The first process meets the same errors, and says them; or it is gone, and nobody is left to tell.
+    with contextlib.suppress(HarmoniumError):
+        while not (folder / "go").exists():
+            if os.getppid() != task["parent"]:
+                raise TrainingError("the first process is gone")
+            time.sleep(_LOOK_EVERY)
+        compute_steps(settings, _meet(folder, task["rank"], settings.processes))
         code = 0
-    except TrainingError:
-        pass  # the first process is gone; it, or its user, has said why
     os._exit(code)  # at once: threads of the group would be torn down in any order

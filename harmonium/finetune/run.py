@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -64,7 +63,8 @@ def finetune(settings: FinetuneSettings, say: Any = None) -> FinetuneResult:
     say = say or (lambda line: None)
     out = _checked_out(settings)
     if settings.processes > 1 and settings.threads is None:
-        settings = replace(settings, threads=max(1, len(os.sched_getaffinity(0)) // settings.processes))
+        cores = len(probe_hardware(()).cores)
+        settings = replace(settings, threads=max(1, cores // settings.processes))
     with shared_run(settings) as world:
         prepared = _prepare(settings, say)
         out.mkdir(parents=True, exist_ok=True)
@@ -112,6 +112,8 @@ def _prepare(settings: FinetuneSettings, say: Any) -> _Prepared:
         prepared = _prepare_drawn(settings)
         say(f"training {prepared.num_trained:,} numbers on what {settings.data} draws")
         return prepared
+    if settings.compile:
+        raise ConfigError("compile is for data that a program draws (--data MODULE:NAME)")
     samples, held, report = _read_samples(settings)
     say(report.text())
     model, lora = _model(settings)
@@ -134,7 +136,9 @@ def _prepare_drawn(settings: FinetuneSettings) -> _Prepared:
         )
     data = load_drawn(str(settings.data))
     config = read_config(Path(settings.from_scratch).expanduser()).model
-    model = CompactModel(config, data.used_tokens(), settings.seed)
+    used = data.used_tokens()
+    _refuse_large(replace(config, vocabulary_size=len(used) + 1))
+    model = CompactModel(config, used, settings.seed)
     vectors = data.initial_vectors(model.used, config.hidden_size)
     if vectors is not None:
         model.start_from(vectors)

@@ -137,6 +137,11 @@ class FinetuneSettings:
             raise ConfigError(
                 f"from_scratch and the model {self.model!r} are both given; expected one of them"
             )
+        if self.processes > self.accumulate:
+            raise ConfigError(
+                f"processes is {self.processes}, and a step has {self.accumulate} batches (accumulate); "
+                "expected no more processes than batches, which they share"
+            )
         if self.early_stopping is not None and self.validation is None:
             raise ConfigError("early_stopping needs validation: a file, or a share of the lines")
         if isinstance(self.validation, (int, float)) and not 0 < self.validation < 1:

@@ -15,7 +15,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from harmonium.errors import ConfigError  # noqa: E402
+from harmonium.errors import ConfigError, MemoryPlanError, TrainingError  # noqa: E402
 from harmonium.finetune.compact import CompactModel, row_masks  # noqa: E402
 from harmonium.finetune.drawn import DrawnRows, is_drawn, load_drawn  # noqa: E402
 from harmonium.finetune.packing import packed_batches  # noqa: E402
@@ -262,3 +262,46 @@ def test_rows_give_back_their_conversations() -> None:
 def test_a_sample_that_does_not_fit_is_left_out() -> None:
     row = fill_row([1], [[([2, 3], True)], [([4] * 9, True)], [([5], True)]], 6)
     assert row.token_ids == [1, 2, 3, 0, 0, 0] and row.num_samples == 1
+
+
+def test_a_process_that_cannot_start_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harmonium.finetune.processes._CODE", "raise SystemExit(3)")
+    with (
+        pytest.raises(TrainingError, match="process 1 of the run ended while it started, with code 3"),
+        shared_run(replace(SETTINGS, processes=2)),
+    ):
+        pytest.fail("nobody is there to share the run")
+
+
+def test_a_mistake_is_said_once_by_however_many_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    _module(tmp_path, monkeypatch)
+    with pytest.raises(ConfigError, match="no_such_module"):
+        finetune(replace(_settings(tmp_path, "out", processes=2), data="no_such_module:Rows"))
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_more_processes_than_batches_are_refused() -> None:
+    with pytest.raises(ConfigError, match="processes is 3, and a step has 2 batches"):
+        replace(SETTINGS, processes=3)
+
+
+def test_a_model_that_memory_cannot_train_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _module(tmp_path, monkeypatch)
+    settings = _settings(tmp_path, "out")
+    large = replace(CONFIG, num_layers=2, hidden_size=65_536, expert_size=65_536, num_experts=128)
+    (tmp_path / "config.json").write_text(
+        json.dumps(huggingface_config(large, "mxfp4", "rope_scaling", False))
+    )
+    with pytest.raises(MemoryPlanError, match="full training of"):
+        finetune(settings)
+
+
+def test_compiling_is_for_drawn_data(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text("{}\n")
+    settings = FinetuneSettings(
+        model="demo", data=str(tmp_path / "data.jsonl"), out=str(tmp_path / "out"), compile=True
+    )
+    with pytest.raises(ConfigError, match="compile is for data that a program draws"):
+        finetune(settings)
