@@ -48,10 +48,9 @@ class AdapterSet:
         return held + self.router_extra_TE.nbytes
 
     def changed(self, index: int, adapter: LoraAdapter | None) -> AdapterSet:
-        """The set with another adapter, or none, at a place."""
-        listed = list(self.adapters)
-        assert index <= len(listed), f"place {index} of {len(listed)}"
-        listed[index : index + 1] = [adapter]
+        """The set with another adapter, or none, at a place; places before it may be empty."""
+        listed = [*self.adapters, *([None] * (index + 1 - len(self.adapters)))]
+        listed[index] = adapter
         while listed and listed[-1] is None:
             listed.pop()
         return AdapterSet(listed, self._config, self._max_batch_tokens)

@@ -14,6 +14,7 @@ from harmonium.engine import LocalEngine, Request
 from harmonium.engine.adapters import AdapterTable, ServedAdapter
 from harmonium.engine.create import create_engine
 from harmonium.engine.protocol import AdapterHost
+from harmonium.engine.scheduler import Scheduler
 from harmonium.errors import (
     CheckpointError,
     ConfigError,
@@ -248,6 +249,36 @@ def test_native_steps_go_on_with_what_is_loaded(tmp_path: Path) -> None:
         await engine.unload_adapter("dog")
         await rest(engine)
         assert runner.adapter_bytes == 0
+        await engine.close()
+
+    asyncio.run(run())
+
+
+def test_one_is_loaded_while_the_last_is_about_to_leave(tmp_path: Path) -> None:
+    """Its place is chosen while the other's is still taken, and filled when the runner holds none."""
+    checkpoint = make_tiny_checkpoint(tmp_path / "tiny", seed=5, **SIZES)
+    source = LoraSource("cat", make_lora(tmp_path / "cat", tiny_config(**SIZES)))
+    request = Request("r", prompt(70), SamplingParams(temperature=0, max_tokens=6), adapter="cat")
+
+    async def run() -> None:
+        engine = await asyncio.to_thread(create_engine, checkpoint, settings())
+        await engine.load_adapter(source)
+        expected = await answer(engine, request)
+        stopped, may_go_on = threading.Event(), threading.Event()
+
+        def stop(_: Scheduler) -> bool:
+            stopped.set()
+            return may_go_on.wait(timeout=60)
+
+        engine._worker.between_steps(stop)
+        assert await asyncio.to_thread(stopped.wait, 60)
+        await engine.unload_adapter("cat")
+        loading = asyncio.create_task(engine.load_adapter(source))
+        while not engine._worker._jobs[1:]:  # the one that drops the first, and the one that puts the second
+            await asyncio.sleep(0.01)
+        may_go_on.set()
+        await loading
+        assert await answer(engine, request) == expected
         await engine.close()
 
     asyncio.run(run())
