@@ -235,7 +235,8 @@ def environment_config() -> dict[str, object]:
 def environment_text(name: str) -> str:
     """What a variable holds, without blanks around it; "" where it is not set.
 
-    For the variables of other programs (Hugging Face's, ModelScope's, Ollama's): hub/settings.py says which.
+    For the variables of other programs (Hugging Face's, ModelScope's, Ollama's; hub/settings.py says which),
+    and for HARMONIUM_STORE_URL.
     """
     return os.environ.get(name, "").strip()
 

@@ -10,6 +10,7 @@
     ├── EngineError              the engine failed                                            HTTP 500
     │   ├── EngineBusy           the queue is full: try again after `retry_after_seconds`     HTTP 503
     │   └── EngineClosed         the engine is not (or no longer) running                     HTTP 503
+    ├── StoreError               the database of stored responses failed                      HTTP 503
     ├── TrainingError            training cannot go on: the loss is no number                 exit 1
     ├── HarmonyError             messages that the Harmony format cannot express              HTTP 400
     └── ApiError                 what only HTTP can get wrong: keys, bodies, unknown names    its own status
@@ -114,6 +115,13 @@ class UpstreamUnavailable(EngineError):
 
     status = 503
     code = "upstream_unavailable"
+
+
+class StoreError(HarmoniumError):
+    """The database of stored responses cannot be reached, or failed; the same request may succeed later."""
+
+    status = 503
+    code = "store_unavailable"
 
 
 class TrainingError(HarmoniumError):

@@ -26,6 +26,12 @@ def add_serving(parser: argparse.ArgumentParser) -> None:
         "--store", metavar="FILE", help="where responses are kept (SQLite); default: in memory until the end"
     )
     group.add_argument(
+        "--store-url",
+        metavar="URL",
+        help="keep them in a database that several servers share (docs/store.md): "
+        "postgresql://USER@HOST/NAME or sqlite:///FILE; also HARMONIUM_STORE_URL",
+    )
+    group.add_argument(
         "--engine",
         metavar="ENGINE",
         help="native; torch: PyTorch, slow; vllm=URL[,URL]: vLLM computes (docs/vllm.md); script:FILE: "

@@ -55,6 +55,8 @@ class ServerConfig:
     use the server may load LoRA adapters from its disk and remove them too.
     drain_seconds: how long running answers may take after SIGTERM. idle_write_seconds: a client that takes
     nothing for this long counts as gone. body_seconds: a request's body must be here by then.
+    store_path: a file for stored responses. store_url: a database for them that several servers share, which
+    may hold a password. With neither they are kept in memory.
     """
 
     host: str = "127.0.0.1"
@@ -73,6 +75,8 @@ class ServerConfig:
     drain_seconds: float = 60.0
     idle_write_seconds: float = 120.0
     body_seconds: float = 30.0
+    store_path: str | None = None
+    store_url: str | None = field(default=None, repr=False)
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -85,6 +89,8 @@ class ServerConfig:
                 )
         if self.current_date is not None:
             _check_date(self.current_date)
+        if self.store_path is not None and self.store_url is not None:
+            raise ConfigError("--store and --store-url (or HARMONIUM_STORE_URL) are given; expected one")
         if not is_loopback(self.host) and not self.api_keys and not self.allows_insecure:
             raise ConfigError(
                 f"host {self.host} can be reached from other machines and no API key is set; "

@@ -27,12 +27,15 @@ from harmonium.server.responses_dialect import (
     last_bytes,
     read_dialect,
 )
+from harmonium.server.responses_elsewhere import cancel_elsewhere, follow_elsewhere
 from harmonium.server.responses_events import TERMINAL_TYPES
 from harmonium.server.responses_input import PreparedResponse, prepare_response
 from harmonium.server.responses_run import Responses
 from harmonium.server.responses_schema import ResponsesRequest, without_effect
 from harmonium.server.sse import encode_json, event_stream, unless_gone
 from harmonium.server.state import state_of
+from harmonium.server.store_records import RUNNING
+from harmonium.server.store_threads import in_store_thread
 
 router = APIRouter(prefix="/v1/responses")
 
@@ -101,15 +104,18 @@ async def get_response(
     dialect = read_dialect(request.headers.get(DIALECT_HEADER))
     if run is not None:
         return event_stream(request, _encoded(run.follow(after), dialect))
-    await _stored_body(responses, response_id, owner)
-    events = await asyncio.to_thread(responses.store.events, response_id, owner)
+    body = await _stored_body(responses, response_id, owner)
+    if responses.shared is not None and body["status"] in RUNNING:
+        elsewhere = follow_elsewhere(responses.shared, response_id, owner, after)
+        return event_stream(request, _encoded(elsewhere, dialect))
+    events = await in_store_thread(responses.store.events, response_id, owner, after)
     if events is None:
         raise ApiError(
             f"response {response_id[:100]!r} has no stored stream; only those made with background do",
             param="stream",
             code="no_stored_stream",
         )
-    return event_stream(request, _encoded(_listed(events, after), dialect))
+    return event_stream(request, _encoded(_listed(events), dialect))
 
 
 @router.delete("/{response_id}", response_class=Response)
@@ -119,7 +125,7 @@ async def delete_response(request: Request, response_id: str) -> Response:
     run = responses.find_running(response_id, owner)
     if run is not None:
         await responses.cancel(run)
-    if not await asyncio.to_thread(responses.store.delete, response_id, owner):
+    if not await in_store_thread(responses.store.delete, response_id, owner):
         raise _not_found(response_id)
     return _json({"id": response_id, "object": "response", "deleted": True})
 
@@ -137,6 +143,11 @@ async def cancel_response(request: Request, response_id: str) -> Response:
             f"response {response_id[:100]!r} was not made in the background; only such can be cancelled",
             code="not_cancellable",
         )
+    if responses.shared is not None and body["status"] in RUNNING:
+        cancelled = await cancel_elsewhere(responses.shared, response_id, owner)
+        if cancelled is None:
+            raise _not_found(response_id)
+        return _json(cancelled)
     return _json(body)
 
 
@@ -155,7 +166,7 @@ async def list_input_items(
         raise ApiError(f"limit is {limit:,}; expected 1 to {MAX_PAGE}", param="limit", code="invalid_value")
     if order not in ("asc", "desc"):
         raise ApiError(f"order is {order[:40]!r}; expected asc or desc", param="order", code="invalid_value")
-    items = await asyncio.to_thread(responses.store.input_items, response_id, owner)
+    items = await in_store_thread(responses.store.input_items, response_id, owner)
     if items is None:
         raise _not_found(response_id)
     return _json(_page(items if order == "asc" else items[::-1], limit, after, before))
@@ -184,7 +195,7 @@ def _page(items: list[dict[str, Any]], limit: int, after: str | None, before: st
 
 
 async def _prepare(request: Request, body: ResponsesRequest) -> PreparedResponse:
-    return await asyncio.to_thread(
+    return await in_store_thread(
         prepare_response,
         state_of(request),
         responses_of(request).store,
@@ -196,7 +207,7 @@ async def _prepare(request: Request, body: ResponsesRequest) -> PreparedResponse
 
 
 async def _stored_body(responses: Responses, response_id: str, owner: str) -> dict[str, Any]:
-    body = await asyncio.to_thread(responses.store.body, response_id, owner)
+    body = await in_store_thread(responses.store.body, response_id, owner)
     if body is None:
         raise _not_found(response_id)
     return body
@@ -212,10 +223,9 @@ def _not_found(response_id: str) -> ApiError:
     )
 
 
-async def _listed(events: list[dict[str, Any]], after: int) -> AsyncGenerator[dict[str, Any], None]:
+async def _listed(events: list[dict[str, Any]]) -> AsyncGenerator[dict[str, Any], None]:
     for event in events:
-        if event["sequence_number"] > after:
-            yield event
+        yield event
 
 
 async def _encoded(

@@ -20,7 +20,7 @@ from harmonium.server.responses_schema import ResponsesRequest, TextFormat, chec
 from harmonium.server.responses_tools import ToolTable, read_tool_choice, read_tools
 from harmonium.server.responses_truncation import room_for_answer, truncate
 from harmonium.server.state import ServerState, cache_salt
-from harmonium.server.store import ResponseStore, StoredConversation, StoredTurn
+from harmonium.server.store_records import RUNNING, Store, StoredConversation, StoredTurn
 from harmonium.server.tool_input import check_schema_size
 
 
@@ -36,7 +36,7 @@ class PreparedResponse:
 
 def prepare_response(
     state: ServerState,
-    store: ResponseStore,
+    store: Store,
     body: ResponsesRequest,
     *,
     response_id: str,
@@ -102,7 +102,7 @@ def _tool_warnings(tools: ToolTable) -> list[str]:
     ]
 
 
-def _earlier(store: ResponseStore, previous: str | None, owner: str) -> StoredConversation:
+def _earlier(store: Store, previous: str | None, owner: str) -> StoredConversation:
     """The conversation so far. Raises ApiError (404) when its last response is not stored."""
     if previous is None:
         return StoredConversation()
@@ -116,7 +116,7 @@ def _earlier(store: ResponseStore, previous: str | None, owner: str) -> StoredCo
             param="previous_response_id",
             code="previous_response_not_found",
         )
-    if body["status"] in ("queued", "in_progress"):
+    if body["status"] in RUNNING:
         raise ApiError(
             f"previous_response_id is {previous[:100]!r}, which is {body['status']}; wait until it has ended",
             status=409,

@@ -7,20 +7,25 @@ that a crash could still lose.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
-from typing import Any
 
-from harmonium.errors import ApiError, EngineClosed, PromptTooLong
+from harmonium.errors import ApiError, EngineClosed, PromptTooLong, StoreError
 from harmonium.server.errors import log_defect
+from harmonium.server.responses_elsewhere import Heartbeat
 from harmonium.server.responses_events import TERMINAL_TYPES, ResponseEvents
 from harmonium.server.responses_input import PreparedResponse
 from harmonium.server.state import ServerState
-from harmonium.server.store import ResponseStore, StoredTurn
+from harmonium.server.store_records import Json, SharedStore, Store, StoredTurn
+from harmonium.server.store_threads import in_store_thread
 from harmonium.server.turns import Turn, open_turn
 
-Json = dict[str, Any]
+STORE_SECONDS = 60.0
+"""How long the end of a background response waits for a database that is away."""
+
+_log = logging.getLogger("harmonium.server")
 
 
 class BackgroundRun:
@@ -38,6 +43,7 @@ class BackgroundRun:
         self.is_cancelled = False
         self._news = asyncio.Event()
         self._is_over = False
+        self._failure: StoreError | None = None
 
     @property
     def response(self) -> Json:
@@ -49,9 +55,10 @@ class BackgroundRun:
         self.events.append(event)
         self._wake()
 
-    def end(self) -> None:
-        """No more events will come."""
+    def end(self, failure: StoreError | None = None) -> None:
+        """No more events will come. failure: why the last one could not be stored, and is not given out."""
         self._is_over = True
+        self._failure = failure
         self._wake()
 
     def _wake(self) -> None:
@@ -59,7 +66,10 @@ class BackgroundRun:
         news.set()
 
     async def follow(self, after: int) -> AsyncGenerator[Json, None]:
-        """Events with a sequence number above `after`, then those that come. Leaving it stops nothing."""
+        """Events with a sequence number above `after`, then those that come. Leaving it stops nothing.
+
+        Raises StoreError where the end could not be stored.
+        """
         place = max(0, after + 1)
         while True:
             news = self._news
@@ -67,6 +77,8 @@ class BackgroundRun:
                 yield self.events[place]
                 place += 1
             if self._is_over:
+                if self._failure is not None:
+                    raise self._failure
                 return
             await news.wait()
 
@@ -74,10 +86,13 @@ class BackgroundRun:
 class Responses:
     """All responses of a server: those that run in the background, and the store of those that ended."""
 
-    def __init__(self, state: ServerState, store: ResponseStore) -> None:
+    def __init__(self, state: ServerState, store: Store) -> None:
         self.state = state
         self.store = store
+        self.shared = store if isinstance(store, SharedStore) else None
         self.running: dict[str, BackgroundRun] = {}
+        self._heartbeat = None if self.shared is None else Heartbeat(self.shared, self.running, self.cancel)
+        self._is_closing = False
 
     async def whole(self, prepared: PreparedResponse) -> Json:
         """The response in one piece. Raises what `open` raises, and the engine's error when it fails."""
@@ -99,7 +114,12 @@ class Responses:
             await events.aclose()
 
     async def open(self, prepared: PreparedResponse) -> Turn:
-        """Admit the request. Raises ApiError (400 for a prompt that is too long; 429, 503)."""
+        """Admit the request. Raises ApiError (400 for a prompt that is too long; 429, 503).
+
+        Raises StoreError before anything is computed whose result could not be kept.
+        """
+        if self.shared is not None and prepared.facts.request.is_stored:
+            await in_store_thread(self.shared.check)
         try:
             return await open_turn(self.state, prepared.chat_request)
         except PromptTooLong as error:
@@ -110,13 +130,15 @@ class Responses:
         turn = await self.open(prepared)
         writer = self._writer(prepared, turn)
         try:
-            await asyncio.to_thread(self.store.put, writer.response, prepared.turn, prepared.owner)
+            await in_store_thread(self.store.put, writer.response, prepared.turn, prepared.owner)
         except BaseException:
             await turn.aclose()
             raise
         run = BackgroundRun(prepared.owner, writer)
         self.running[writer.response["id"]] = run
         run.task = asyncio.create_task(self._make(prepared, turn, run))
+        if self._heartbeat is not None:
+            self._heartbeat.start()
         await asyncio.sleep(0)  # a task that is cancelled before its first step would never clean up
         return run
 
@@ -133,8 +155,11 @@ class Responses:
 
     async def close(self) -> None:
         """End what runs in the background, as when the server stops, and close the store."""
+        self._is_closing = True
         for run in list(self.running.values()):
             await self._stop(run)
+        if self._heartbeat is not None:
+            await self._heartbeat.close()
         self.store.close()
 
     async def _stop(self, run: BackgroundRun) -> None:
@@ -164,23 +189,49 @@ class Responses:
     ) -> None:
         turn = prepared.turn
         whole = StoredTurn(turn.previous, turn.date, turn.items, (*turn.entries, *writer.entries))
-        await asyncio.to_thread(self.store.put, writer.response, whole, prepared.owner, events)
+        if events is None:
+            await in_store_thread(self.store.put, writer.response, whole, prepared.owner)
+        else:
+            await self._patiently(self.store.end, writer.response, whole, events)
+
+    async def _patiently(self, work: Callable[..., object], *arguments: object) -> None:
+        """A database that is away for a moment must not cost an answer that took minutes."""
+        end = time.monotonic() + STORE_SECONDS
+        while True:
+            try:
+                await in_store_thread(work, *arguments)
+                return
+            except StoreError:
+                if self._is_closing or time.monotonic() > end:
+                    raise
+            await asyncio.sleep(1.0)
 
     async def _make(self, prepared: PreparedResponse, turn: Turn, run: BackgroundRun) -> None:
-        """The task of a run: its events into the run, its end into the store."""
+        """The task of a run."""
+        failure: StoreError | None = None
+        try:
+            await self._work(prepared, turn, run)
+        except StoreError as error:
+            failure = error
+            _log.error("background response %s is lost: %s", prepared.facts.response_id, error)
+        finally:
+            await turn.aclose()
+            self.running.pop(prepared.facts.response_id, None)
+            run.end(failure)
+
+    async def _work(self, prepared: PreparedResponse, turn: Turn, run: BackgroundRun) -> None:
+        """The events of a run into the run, its end into the store. Raises StoreError."""
         try:
             async for event in self._events(prepared, turn, run.writer, run):
                 run.add(event)
+        except StoreError:
+            raise
         except asyncio.CancelledError:
             reason = EngineClosed("the server was shut down before the answer was whole")
             await self._end(prepared, run, None if run.is_cancelled else reason)
         except Exception as error:
             log_defect(error, f"background response {prepared.facts.response_id}")
             await self._end(prepared, run, error)
-        finally:
-            await turn.aclose()
-            self.running.pop(prepared.facts.response_id, None)
-            run.end()
 
     async def _end(self, prepared: PreparedResponse, run: BackgroundRun, error: Exception | None) -> None:
         """A run that did not come to its own end: cancelled, or failed."""

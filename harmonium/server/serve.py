@@ -18,7 +18,7 @@ from types import FrameType
 
 import uvicorn
 
-from harmonium.config import EngineConfig, environment_api_keys
+from harmonium.config import EngineConfig, environment_api_keys, environment_text
 from harmonium.engine.protocol import Engine
 from harmonium.errors import ConfigError, EngineError
 from harmonium.harmony.grammar_compile import tokenizer as build_grammar_tokenizer
@@ -31,7 +31,7 @@ from harmonium.server.logs import configure_logging
 from harmonium.server.remote import RemoteSource, make_remote_engine, remote_source
 from harmonium.server.responses_run import Responses
 from harmonium.server.state import ServerState
-from harmonium.server.store import ResponseStore
+from harmonium.server.stores import open_store
 from harmonium.server.tracing import find_tracing
 
 _log = logging.getLogger("harmonium.server")
@@ -42,10 +42,10 @@ SCRIPT_PREFIX = "script:"
 def serve(arguments: argparse.Namespace, engine_config: EngineConfig) -> int:
     """Serve until a signal ends it. Returns the exit code. Raises ConfigError, and what loading raises."""
     config = server_config(arguments)
-    for remark in arguments.told or ():
+    for remark in (*(arguments.told or ()), *_shown_password(arguments.store_url)):
         print(f"harmonium: {remark}", file=sys.stderr)
     source = _source(arguments)
-    store = ResponseStore(arguments.store)
+    store = open_store(config)
     listener = listen(config.host, config.port)
     configure_logging(arguments.log_format)
     state = ServerState(config)
@@ -74,8 +74,18 @@ def server_config(arguments: argparse.Namespace) -> ServerConfig:
         allows_insecure=arguments.insecure,
         allows_adapter_updates=arguments.allow_lora_updates,
         drain_seconds=arguments.drain_timeout,
+        store_path=arguments.store,
+        store_url=arguments.store_url or environment_text("HARMONIUM_STORE_URL") or None,
         limits=_limits(arguments.limit),
     )
+
+
+def _shown_password(store_url: str | None) -> list[str]:
+    """What there is to say of a password on the command line."""
+    user = (store_url or "").partition("://")[2].rpartition("@")[0]
+    if ":" not in user:
+        return []
+    return ["the password in --store-url is seen by whoever may call ps; HARMONIUM_STORE_URL hides it"]
 
 
 def _limits(given: list[str]) -> Limits:

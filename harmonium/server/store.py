@@ -13,23 +13,29 @@ Calls block for a few milliseconds at most and may come from any thread, one at 
 
 from __future__ import annotations
 
-import json
 import sqlite3
 import threading
 import time
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harmonium.errors import ConfigError
+from harmonium.errors import ConfigError, StoreError
 from harmonium.server.responses_items import Entry, Item
 from harmonium.server.responses_seal import Seal, new_key
-
-MAX_RESPONSES = 100_000
-MAX_BYTES = 1 << 30
+from harmonium.server.store_records import (
+    MAX_BYTES,
+    MAX_RESPONSES,
+    StoredConversation,
+    StoredTurn,
+    check_limits,
+    find_stored_item,
+    interrupted,
+    pack,
+    pack_turn,
+    unpack,
+)
 
 _VERSION = 1
 _SCHEMA = """
@@ -50,28 +56,6 @@ CREATE INDEX IF NOT EXISTS items_by_turn ON items (turn_id);
 """
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTurn:
-    """What a response adds to its conversation. date: as its prompt said it; later turns keep it.
-
-    previous: the response that it continues. items: its input, as the API lists it. entries: input, then
-    output.
-    """
-
-    previous: str | None
-    date: str | None
-    items: tuple[Item, ...]
-    entries: tuple[Entry, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class StoredConversation:
-    """A conversation up to and including a response. date: that of its first turn."""
-
-    entries: tuple[Entry, ...] = ()
-    date: str | None = None
-
-
 class ResponseStore:
     """Responses of one server. owner: whoever made a response; nobody else can see it."""
 
@@ -83,22 +67,18 @@ class ResponseStore:
         max_bytes: int = MAX_BYTES,
     ) -> None:
         """Open or make the file. Raises ConfigError when it cannot be used."""
-        if max_responses < 1 or max_bytes < 1:
-            raise ConfigError(
-                f"max_responses is {max_responses:,} and max_bytes {max_bytes:,}; expected at least 1"
-            )
+        check_limits(max_responses, max_bytes)
         self._max_responses = max_responses
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
-        name = ":memory:" if path is None else str(path)
+        self._name = name = ":memory:" if path is None else str(path)
         try:
             self._db = sqlite3.connect(name, check_same_thread=False, isolation_level=None, timeout=10.0)
             self._prepare()
         except sqlite3.Error as error:
             raise ConfigError(f"store {name} cannot be used: {error}") from None
         self.seal = Seal(self._key())
-        self._size = self._scalar("SELECT coalesce(sum(size), 0) FROM responses")
-        self._count = self._scalar("SELECT count(*) FROM responses")
+        self._measure()
         self._fail_interrupted()
 
     def _prepare(self) -> None:
@@ -115,6 +95,10 @@ class ResponseStore:
         self._db.execute("INSERT OR IGNORE INTO meta VALUES ('seal_key', ?)", (new_key(),))
         return bytes(self._db.execute("SELECT value FROM meta WHERE name = 'seal_key'").fetchone()[0])
 
+    def _measure(self) -> None:
+        self._size = self._scalar("SELECT coalesce(sum(size), 0) FROM responses")
+        self._count = self._scalar("SELECT count(*) FROM responses")
+
     def _scalar(self, query: str, parameters: Sequence[Any] = ()) -> int:
         return int(self._db.execute(query, parameters).fetchone()[0])
 
@@ -124,71 +108,98 @@ class ResponseStore:
             "SELECT response_id, body FROM responses WHERE status IN ('queued', 'in_progress')"
         ).fetchall()
         for response_id, blob in rows:
-            message = "the server ended while this response was being made"
-            body = {
-                **_unpack(blob),
-                "status": "failed",
-                "error": {"code": "server_error", "message": message},
-            }
             self._db.execute(
                 "UPDATE responses SET status = 'failed', body = ? WHERE response_id = ?",
-                (_pack(body), response_id),
+                (pack(interrupted(unpack(blob))), response_id),
             )
 
     @contextmanager
-    def _transaction(self) -> Iterator[None]:
+    def _alone(self) -> Iterator[None]:
+        """The connection for this thread. Raises StoreError when the file fails."""
         with self._lock:
+            try:
+                yield
+            except sqlite3.Error as error:
+                raise StoreError(f"store {self._name} failed: {error}") from None
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with self._alone():
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
+                self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                self._measure()
                 raise
-            self._db.execute("COMMIT")
 
-    def put(
-        self, body: dict[str, Any], turn: StoredTurn, owner: str = "", events: Sequence[Any] | None = None
-    ) -> None:
-        """Store a response, or a later state of it, with its turn. events: for a stream that is resumed."""
-        packed, packed_events = _pack(body), None if events is None else _pack(list(events))
-        items, entries = _pack(turn.items), _pack([entry.to_json() for entry in turn.entries])
-        size = len(packed) + len(items) + len(entries) + len(packed_events or b"")
+    def put(self, body: dict[str, Any], turn: StoredTurn, owner: str = "") -> None:
+        """Store a new response with its turn."""
+        packed, packed_turn = pack(body), pack_turn(turn)
+        size = len(packed) + packed_turn.size
         with self._transaction():
             self._remove(body["id"])
             turn_id = self._db.execute(
                 "INSERT INTO turns (parent, date, items, entries) VALUES (?, ?, ?, ?)",
-                (self._turn_of(turn.previous, owner), turn.date, items, entries),
+                (self._turn_of(turn.previous, owner), turn.date, packed_turn.items, packed_turn.entries),
             ).lastrowid
-            ids = dict.fromkeys(
-                [*(item["id"] for item in turn.items), *(entry.item_id for entry in turn.entries)]
-            )
-            self._db.executemany("INSERT INTO items VALUES (?, ?)", [(item_id, turn_id) for item_id in ids])
+            self._add_ids(turn.item_ids, turn_id)
             self._db.execute(
-                "INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (body["id"], owner, turn_id, time.time(), body["status"], packed, packed_events, size),
+                "INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?, NULL, ?)",
+                (body["id"], owner, turn_id, time.time(), body["status"], packed, size),
             )
             self._size += size
             self._count += 1
             self._evict(keep=body["id"])
 
+    def end(self, body: dict[str, Any], turn: StoredTurn, events: Sequence[Any]) -> bool:
+        """Store how a background response ended, with the events of its stream. False where it is gone."""
+        packed, packed_events, packed_turn = pack(body), pack(list(events)), pack_turn(turn)
+        size = len(packed) + len(packed_events) + packed_turn.size
+        with self._transaction():
+            row = self._db.execute(
+                "SELECT turn_id, size FROM responses"
+                " WHERE response_id = ? AND status IN ('queued', 'in_progress')",
+                (body["id"],),
+            ).fetchone()
+            if row is None:
+                return False
+            turn_id, old_size = row
+            self._db.execute("UPDATE turns SET entries = ? WHERE turn_id = ?", (packed_turn.entries, turn_id))
+            self._db.execute("DELETE FROM items WHERE turn_id = ?", (turn_id,))
+            self._add_ids(turn.item_ids, turn_id)
+            self._db.execute(
+                "UPDATE responses SET used = ?, status = ?, body = ?, events = ?, size = ?"
+                " WHERE response_id = ?",
+                (time.time(), body["status"], packed, packed_events, size, body["id"]),
+            )
+            self._size += size - old_size
+            self._evict(keep=body["id"])
+        return True
+
+    def _add_ids(self, item_ids: Sequence[str], turn_id: int | None) -> None:
+        self._db.executemany("INSERT INTO items VALUES (?, ?)", [(item_id, turn_id) for item_id in item_ids])
+
     def body(self, response_id: str, owner: str = "") -> dict[str, Any] | None:
         """The response object; None for one that is not stored."""
         found = self._column("body", response_id, owner)
-        return None if found is None else _unpack(found)
+        return None if found is None else unpack(found)
 
-    def events(self, response_id: str, owner: str = "") -> list[dict[str, Any]] | None:
-        """The events of its stream, if they were stored."""
+    def events(self, response_id: str, owner: str = "", after: int = -1) -> list[dict[str, Any]] | None:
+        """The events of its stream with a higher sequence number, if they were stored."""
         found = self._column("events", response_id, owner)
-        return None if found is None else _unpack(found)
+        return None if found is None else [e for e in unpack(found) if e["sequence_number"] > after]
 
     def input_items(self, response_id: str, owner: str = "") -> list[Item] | None:
         """The input of its request, oldest first; None for a response that is not stored."""
-        with self._lock:
+        with self._alone():
             row = self._db.execute(
                 "SELECT items FROM turns JOIN responses USING (turn_id) WHERE response_id = ? AND owner = ?",
                 (response_id, owner),
             ).fetchone()
-        return None if row is None else list(_unpack(row[0]))
+        return None if row is None else list(unpack(row[0]))
 
     def conversation(self, response_id: str, owner: str = "") -> StoredConversation | None:
         """Everything said up to the end of this response, which counts as used; None if it is not stored."""
@@ -207,25 +218,19 @@ class ResponseStore:
                 " SELECT date, entries FROM chain ORDER BY depth DESC",
                 (turn_id,),
             ).fetchall()
-        entries = tuple(Entry.from_json(record) for _, packed in rows for record in _unpack(packed))
+        entries = tuple(Entry.from_json(record) for _, packed in rows for record in unpack(packed))
         return StoredConversation(entries, rows[0][0])
 
     def find_item(self, item_id: str, owner: str = "") -> tuple[Item, Entry] | None:
         """The newest stored item of this id, and what it means."""
-        with self._lock:
+        with self._alone():
             row = self._db.execute(
                 "SELECT turns.items, turns.entries, responses.body FROM items JOIN turns USING (turn_id)"
                 " JOIN responses USING (turn_id) WHERE item_id = ? AND owner = ?"
                 " ORDER BY turn_id DESC LIMIT 1",
                 (item_id, owner),
             ).fetchone()
-        if row is None:
-            return None
-        listed = [*_unpack(row[0]), *_unpack(row[2])["output"]]
-        item = next((item for item in listed if item["id"] == item_id), None)
-        records = (record for record in _unpack(row[1]) if record["item_id"] == item_id)
-        entry = next((Entry.from_json(record) for record in records), None)
-        return None if item is None or entry is None else (item, entry)
+        return None if row is None else find_stored_item(item_id, *row)
 
     def delete(self, response_id: str, owner: str = "") -> bool:
         """Forget a response. Whether there was one."""
@@ -249,7 +254,7 @@ class ResponseStore:
             self._db.close()
 
     def _column(self, name: str, response_id: str, owner: str) -> bytes | None:
-        with self._lock:
+        with self._alone():
             row = self._db.execute(
                 f"SELECT {name} FROM responses WHERE response_id = ? AND owner = ?", (response_id, owner)
             ).fetchone()
@@ -298,12 +303,3 @@ class ResponseStore:
             if row is None:
                 return
             self._remove(row[0])
-
-
-def _pack(value: object) -> bytes:
-    # ASCII JSON: a lone surrogate, which JSON may hold, has no UTF-8.
-    return zlib.compress(json.dumps(value, separators=(",", ":")).encode("ascii"), 1)
-
-
-def _unpack(blob: bytes) -> Any:
-    return json.loads(zlib.decompress(blob))

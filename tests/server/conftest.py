@@ -1,11 +1,16 @@
-"""The API's tests, once over the engine that they make and once over `--engine vllm=` in front of it."""
+"""The API's tests, once over the engine that they make and once over `--engine vllm=` in front of it.
+
+Databases for the tests of stores: SQLite through SQLAlchemy, and PostgreSQL where its programs are.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from tests.server.postgres import missing, postgres
 from tests.server.remote_states import StubServer, remote_states
 
 OVER_VLLM = frozenset(
@@ -49,3 +54,35 @@ def engine_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     if kind == "vllm":
         remote_states(monkeypatch, request.getfixturevalue("stub_server"))
     return kind
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    """A PostgreSQL that runs. Skips where there is none."""
+    pytest.importorskip("sqlalchemy")
+    pytest.importorskip("psycopg")
+    why = missing()
+    if why is not None:
+        pytest.skip(why)
+    with postgres() as cluster:
+        yield cluster.url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def shared_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database that several servers can share."""
+    return empty_database(request, request.param, tmp_path)
+
+
+def empty_database(request: pytest.FixtureRequest, kind: str, folder: Path) -> str:
+    """The URL of one; "sqlite" in the folder, "postgresql" in the one cluster of all tests."""
+    pytest.importorskip("sqlalchemy")
+    if kind == "sqlite":
+        return f"sqlite:///{folder / 'shared.db'}"
+    url: str = request.getfixturevalue("postgres_url")
+    import psycopg
+
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("DROP SCHEMA public CASCADE")
+        connection.execute("CREATE SCHEMA public")
+    return url
