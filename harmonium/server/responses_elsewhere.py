@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, Protocol
 
-from harmonium.errors import StoreError
+from harmonium.errors import ApiError, StoreError
 from harmonium.server.errors import log_defect
 from harmonium.server.store_records import RUNNING, Json, Progress, SharedStore
 from harmonium.server.store_threads import in_store_thread
@@ -96,7 +96,7 @@ async def follow_elsewhere(
 ) -> AsyncGenerator[Json, None]:
     """The events above `after` of a response that another server makes, as it tells of them, to the last.
 
-    Raises StoreError. Ends early when the response is deleted.
+    Raises StoreError, and ApiError (404) when the response is deleted.
     """
     while True:
         # In this order: what was ended in between has all its events, the last one among them.
@@ -104,7 +104,11 @@ async def follow_elsewhere(
         for event in await in_store_thread(store.events, response_id, owner, after) or ():
             yield event
             after = event["sequence_number"]
-        if body is None or body["status"] not in RUNNING:
+        if body is None:
+            raise ApiError(
+                f"response {response_id[:100]!r} was deleted", status=404, code="response_not_found"
+            )
+        if body["status"] not in RUNNING:
             return
         await asyncio.sleep(LOOK_SECONDS)
 

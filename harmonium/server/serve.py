@@ -31,6 +31,7 @@ from harmonium.server.logs import configure_logging
 from harmonium.server.remote import RemoteSource, make_remote_engine, remote_source
 from harmonium.server.responses_run import Responses
 from harmonium.server.state import ServerState
+from harmonium.server.store_threads import has_stuck_threads
 from harmonium.server.stores import open_store
 from harmonium.server.tracing import find_tracing
 
@@ -53,7 +54,10 @@ def serve(arguments: argparse.Namespace, engine_config: EngineConfig) -> int:
     responses = Responses(state, store)
     server = DrainingServer(state, responses, _uvicorn_config(state, responses))
     with listener:
-        return asyncio.run(_run(server, listener, source, engine_config))
+        code = asyncio.run(_run(server, listener, source, engine_config))
+    if has_stuck_threads():
+        os._exit(code)  # a database hangs, and nobody waits for it any more
+    return code
 
 
 def server_config(arguments: argparse.Namespace) -> ServerConfig:

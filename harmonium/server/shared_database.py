@@ -42,9 +42,13 @@ _DRIVERS = {
 _EXPECTED = "expected such as postgresql://USER@HOST/NAME or sqlite:///FILE"
 
 _WAIT_SECONDS = 10
-"""How long a call waits for a free connection, another writer, or bytes from a database that went silent."""
+"""How long a call waits for a free connection, another writer, or bytes from a database that went silent; how
+long a writer may be silent until the others go on without it."""
 
 _LOCK_KEY = 0x6861726D6F6E6975  # "harmoniu": of the advisory lock that writers take
+
+_TIMEOUTS = ("lock_timeout", "idle_in_transaction_session_timeout")
+"""Of PostgreSQL. Without the second one a writer whose machine died would keep the lock for hours."""
 
 _CLOCKS = {
     "postgresql": "extract(epoch FROM clock_timestamp())",
@@ -111,9 +115,9 @@ class Database:
         """
         with self._told(), self._writer.begin() as connection:
             if connection.dialect.name == "postgresql":
-                # One statement: the limit holds for the lock that is taken behind it.
-                wait = f"set_config('lock_timeout', '{_WAIT_SECONDS}s', true)"
-                connection.execute(text(f"SELECT {wait}, pg_advisory_xact_lock({_LOCK_KEY})"))
+                # One statement: the limits hold for the lock that is taken behind them.
+                limits = (f"set_config('{name}', '{_WAIT_SECONDS}s', true)" for name in _TIMEOUTS)
+                connection.execute(text(f"SELECT {', '.join(limits)}, pg_advisory_xact_lock({_LOCK_KEY})"))
             yield connection
 
     @contextmanager

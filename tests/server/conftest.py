@@ -74,6 +74,12 @@ def shared_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return empty_database(request, request.param, tmp_path)
 
 
+@pytest.fixture
+def empty_postgres_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database of PostgreSQL."""
+    return empty_database(request, "postgresql", tmp_path)
+
+
 def empty_database(request: pytest.FixtureRequest, kind: str, folder: Path) -> str:
     """The URL of one; "sqlite" in the folder, "postgresql" in the one cluster of all tests."""
     pytest.importorskip("sqlalchemy")

@@ -28,6 +28,7 @@ class Child:
     """A server that listens, or will."""
 
     def __init__(self, folder: Path, environment: dict[str, str], *options: str) -> None:
+        self._told = ""
         script = folder / "script.jsonl"
         script.write_text("".join(json.dumps({**line, "repeat": True}) + "\n" for line in SCRIPT))
         command = [
@@ -51,25 +52,23 @@ class Child:
     def client(self) -> httpx.Client:
         """When the server is ready."""
         assert self.process.stderr is not None
-        told = ""
-        while "ready" not in told:
+        while "ready" not in self._told:
             line = self.process.stderr.readline()
-            assert line, told
-            told += line
-        address = re.search(r"http://[\d.]+:\d+", told)
-        assert address is not None, told
+            assert line, self._told
+            self._told += line
+        address = re.search(r"http://[\d.]+:\d+", self._told)
+        assert address is not None, self._told
         return httpx.Client(base_url=address[0], timeout=60)
 
     def kill(self) -> str:
-        """With signal 9. Returns what it still had to say. A second call does nothing."""
+        """With signal 9. Returns all that it said. A second call does nothing more."""
         self.process.kill()
         assert self.process.stderr is not None
-        if self.process.stderr.closed:
-            return ""
-        rest = self.process.stderr.read()
-        self.process.stderr.close()
+        if not self.process.stderr.closed:
+            self._told += self.process.stderr.read()
+            self.process.stderr.close()
         self.process.wait()
-        return rest
+        return self._told
 
 
 @contextmanager
@@ -100,7 +99,7 @@ def test_servers_share_responses_and_one_that_is_killed_leaves_none_running(
         end = time.monotonic() + 60
         while second.get(f"/v1/responses/{slow['id']}").json()["status"] != "in_progress":
             assert time.monotonic() < end
-            time.sleep(0.02)
+            time.sleep(0.2)
         one.kill()
         _forget(shared_url)
         lost = second.get(f"/v1/responses/{slow['id']}").json()
@@ -111,8 +110,8 @@ def test_servers_share_responses_and_one_that_is_killed_leaves_none_running(
         assert "first<|end|><|start|>assistant<|channel|>final<|message|>one<|end|>" in shown
 
 
-def test_password_is_shown_nowhere(postgres_url: str, tmp_path: Path) -> None:
-    url = postgres_url.replace("harmonium@", "harmonium:never-shown@")
+def test_password_is_shown_nowhere(empty_postgres_url: str, tmp_path: Path) -> None:
+    url = empty_postgres_url.replace("harmonium@", "harmonium:never-shown@")
     with children(tmp_path, url) as (one, two), one.client() as first:
         pages = [
             first.get(path).text for path in ("/health", "/ready", "/metrics", "/v1/models", "/openapi.json")

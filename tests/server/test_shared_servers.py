@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -14,7 +15,14 @@ import pytest
 
 from harmonium.engine import ScriptedEngine
 from harmonium.engine.scripted import Script
-from harmonium.server import ServerConfig, ServerState, create_app, responses_elsewhere, responses_run
+from harmonium.server import (
+    ServerConfig,
+    ServerState,
+    create_app,
+    responses_elsewhere,
+    responses_run,
+    store_threads,
+)
 from harmonium.server.responses_run import Responses
 from harmonium.server.stores import open_store
 from tests.scripted_chat import FINAL, REASONED, gen
@@ -208,7 +216,11 @@ def test_delete_from_another_server_ends_the_response_for_good(shared_url: str) 
     async def work() -> None:
         async with servers(shared_url, SLOW) as (first, second):
             response_id = await first.begin()
+            follower = asyncio.create_task(second.get(response_id, params={"stream": "true"}))
+            await asyncio.sleep(0.1)
             assert (await second.client.delete(f"{PATH}/{response_id}")).json()["deleted"]
+            last = events_of(await follower)[-1]
+            assert (last["type"], last["code"]) == ("error", "response_not_found")
             await until(lambda: first.state.num_running == first.engine.running == 0)
             await until(lambda: not first.responses.running)
             for server in (first, second):
@@ -321,6 +333,33 @@ def test_database_that_is_away_is_a_503_that_names_it_and_other_requests_go_on(
                 assert first.state.num_held == 0
                 assert (await first.respond(store=False))["status"] == "completed"
             assert (await first.get(made["id"])).json() == made
+
+    run(work)
+
+
+def test_database_that_hangs_is_a_503_and_other_requests_go_on(
+    shared_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_threads, "ANSWER_SECONDS", 0.2)
+    goes_on = threading.Event()
+
+    def hang(*_: object) -> None:
+        goes_on.wait(60)
+
+    async def work() -> None:
+        async with servers(shared_url, Script(gen(FINAL.format("ok")))) as (first, _):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(first.store, "body", hang)
+                answers = await asyncio.gather(*(first.get("resp_1") for _ in range(20)))
+                for answer in answers:
+                    assert "did not answer within 0.2 s" in error_of(answer, 503)["message"]
+                assert store_threads.has_stuck_threads()
+                chat = {"messages": [{"role": "user", "content": "Hello"}]}
+                assert (await first.client.post("/v1/chat/completions", json=chat)).status_code == 200
+            goes_on.set()
+            await until(lambda: not store_threads.has_stuck_threads())
+            monkeypatch.setattr(store_threads, "ANSWER_SECONDS", 60)
+            error_of(await first.get("resp_1"), 404)
 
     run(work)
 

@@ -201,6 +201,35 @@ def test_writers_at_once_lose_nothing(opener: Opener) -> None:
     assert len(store) == 32
 
 
+def test_writer_that_fell_silent_does_not_stop_the_others(
+    empty_postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from harmonium.server import shared_database
+    from harmonium.server.shared_store import SharedResponseStore
+
+    silent = SharedResponseStore(empty_postgres_url)
+    monkeypatch.setattr(shared_database, "_WAIT_SECONDS", 1)
+    with pytest.raises(StoreError), silent._database.writing():
+        monkeypatch.setattr(shared_database, "_WAIT_SECONDS", 60)
+        other = SharedResponseStore(empty_postgres_url)
+        other.put(_body("r1"), _turn(None, "a"))
+    assert silent.delete("r1")
+    for store in (silent, other):
+        store.close()
+
+
+def test_writer_that_waits_too_long_for_another_is_a_503(
+    opener: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from harmonium.server import shared_database
+
+    busy = opener()
+    with busy._database.writing():
+        monkeypatch.setattr(shared_database, "_WAIT_SECONDS", 1)
+        with pytest.raises(ConfigError, match=r"cannot be used: .*(lock timeout|database is locked)"):
+            opener()
+
+
 def test_tables_of_another_version_are_refused(opener: Opener) -> None:
     from sqlalchemy import update
 
