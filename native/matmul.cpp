@@ -67,7 +67,8 @@ void copy_columns(const Weight& weight, const std::uint16_t* data, std::int64_t 
 
 // The same for a packed tile: as it lies for few tokens, decoded once for many.
 float* packed_product(const Weight& weight, std::int64_t expert, std::int64_t first, int num_panels,
-                            const Rows& x, const std::int32_t* token, int num_tokens, int thread, float* tile) {
+                            const Rows& x, const std::int32_t* token, int num_tokens, int thread, Next next,
+                            float* tile) {
   const std::int64_t num_blocks = weight.num_inputs / kBlock;
   const std::int64_t at = expert * ceil_div(weight.num_outputs, kTileRows) + first / kTileRows;
   const std::uint8_t* packed = weight.data + at * packed_bytes(num_blocks);
@@ -78,9 +79,8 @@ float* packed_product(const Weight& weight, std::int64_t expert, std::int64_t fi
   auto* panels = static_cast<std::uint8_t*>(thread_scratch(thread, kDecoded, decoded_bytes(weight, x.kind)));
   if (!panels) return nullptr;
   packed_table().to_panels(packed, num_blocks, panels);
-  const std::int64_t bytes = packed_bytes(num_blocks);
-  int8_table().panel_product(panels, num_panels, num_blocks, kMxfp4Offset, x.data, x.row_bytes, token, num_tokens,
-                             {packed + bytes, bytes}, tile);
+  int8_table().panel_product(panels, num_panels, num_blocks, kMxfp4Offset, x.data, x.row_bytes, token, num_tokens, next,
+                             tile);
   return tile;
 }
 
@@ -132,10 +132,28 @@ Rows prepare(const Weight& weight, Activations kind, const float* x, const std::
   return {memory, row_bytes, kind};
 }
 
-// Products of outputs first..first + num_rows - 1 of one expert with the rows token[0..num_tokens) of x.
-// Returns the tile, or null when memory is out.
+Next place_of_tile(const Weight& weight, std::int64_t expert, std::int64_t first) {
+  const std::int64_t num_blocks = weight.num_inputs / kBlock;
+  const std::int64_t num_rows = std::min<std::int64_t>(kTileRows, weight.num_outputs - first);
+  switch (weight.kind) {
+    case Weight::Kind::panels:
+      return {weight.data + first / kPanelRows * panel_bytes(num_blocks),
+              ceil_div(num_rows, kPanelRows) * panel_bytes(num_blocks)};
+    case Weight::Kind::packed: {
+      const std::int64_t at = expert * ceil_div(weight.num_outputs, kTileRows) + first / kTileRows;
+      return {weight.data + at * packed_bytes(num_blocks), packed_bytes(num_blocks)};
+    }
+    case Weight::Kind::mxfp4: {
+      const std::int64_t rows = weight.place ? weight.place[kPlaceStride * expert] : expert * weight.num_outputs * num_blocks * 16;
+      return {weight.data + rows + first * num_blocks * 16, num_rows * num_blocks * 16};
+    }
+    default:
+      return {nullptr, 0};
+  }
+}
+
 float* product(const Weight& weight, std::int64_t expert, std::int64_t first, int num_rows, const Rows& x,
-                     const std::int32_t* token, int num_tokens, int thread) {
+               const std::int32_t* token, int num_tokens, int thread, Next next) {
   const Int8Table& int8 = int8_table();
   const Bf16Table& bf16 = bf16_table();
   auto* tile = static_cast<float*>(thread_scratch(thread, kTile, kMaxTileTokens * kTileRows * sizeof(float)));
@@ -145,9 +163,7 @@ float* product(const Weight& weight, std::int64_t expert, std::int64_t first, in
   const int num_panels = static_cast<int>(ceil_div(num_rows, kPanelRows));
   if (weight.kind == Weight::Kind::panels) {
     const std::uint8_t* panels = weight.data + first / kPanelRows * panel_bytes(num_blocks);
-    const std::int64_t bytes = num_panels * panel_bytes(num_blocks);
-    int8.panel_product(panels, num_panels, num_blocks, kInt8Offset, x.data, x.row_bytes, token, num_tokens,
-                       {panels + bytes, bytes}, tile);
+    int8.panel_product(panels, num_panels, num_blocks, kInt8Offset, x.data, x.row_bytes, token, num_tokens, next, tile);
     return tile;
   }
   if (weight.kind == Weight::Kind::bf16_rows) {
@@ -156,7 +172,7 @@ float* product(const Weight& weight, std::int64_t expert, std::int64_t first, in
     return tile;
   }
   if (weight.kind == Weight::Kind::packed) {
-    return packed_product(weight, expert, first, num_panels, x, token, num_tokens, thread, tile);
+    return packed_product(weight, expert, first, num_panels, x, token, num_tokens, thread, next, tile);
   }
   const std::uint8_t* blocks = weight.data + row * num_blocks * 16;
   const std::uint8_t* scales = weight.scales + row * num_blocks;
@@ -193,9 +209,8 @@ float* product(const Weight& weight, std::int64_t expert, std::int64_t first, in
   } else if (x.kind == Activations::int8) {
     auto* panels = static_cast<std::uint8_t*>(decoded);
     int8.mxfp4_to_panels(blocks, scales, num_rows, num_blocks, panels);
-    const std::int64_t bytes = num_rows * num_blocks * 16;
-    int8.panel_product(panels, num_panels, num_blocks, kMxfp4Offset, x.data, x.row_bytes, token, num_tokens,
-                       {blocks + bytes, bytes}, tile);
+    int8.panel_product(panels, num_panels, num_blocks, kMxfp4Offset, x.data, x.row_bytes, token, num_tokens, next,
+                       tile);
   } else {
     // Four rows at a time: they are still in L1 when the products read them.
     for (int r = 0; r < num_rows; r += 4) {
@@ -211,7 +226,7 @@ float* product(const Weight& weight, std::int64_t expert, std::int64_t first, in
 // read best. Few tokens are bound by memory: runs shrink towards the end, so that the threads end together. Many are
 // bound by arithmetic and by what stays in L2: short runs throughout.
 std::vector<std::int64_t> run_ends(std::int64_t num_tiles, bool is_few) {
-  constexpr std::int64_t kLongest = 16, kShortest = 2, kManyLongest = 4;
+  constexpr std::int64_t kLongest = 16, kShortest = 1, kManyLongest = 4;
   std::vector<std::int64_t> ends;
   const std::int64_t even = std::clamp<std::int64_t>(num_tiles / (32 * num_threads()), 1, kManyLongest);
   for (std::int64_t done = 0; done < num_tiles;) {

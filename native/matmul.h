@@ -17,6 +17,7 @@ constexpr int kPanelBlockBytes = 512;  // weights of a panel for one block, with
 constexpr int kPackedBlockBytes = 512;  // MXFP4 of a tile for one block, without the scales
 constexpr int kTileRows = 32;          // outputs of a task's tile: two panels
 constexpr int kTileTokens = 6;         // tokens that the widest kernel multiplies with them at a time
+constexpr int kFewTokens = 8;          // so many and fewer are bound by memory rather than by arithmetic
 constexpr int kMxfp4Offset = 12;       // added to doubled e2m1 values (-12..12) so that they are unsigned
 constexpr int kInt8Offset = 128;       // added to int8 weights for the same reason
 

@@ -21,7 +21,7 @@ namespace harmonium {
 namespace {
 
 // A worker spins this many pauses (about 50 microseconds: the gap between two kernels of a step) before it sleeps.
-constexpr int kSpins = 2000;
+constexpr int kSpins = 20000;
 constexpr int kSlots = 8;
 constexpr std::int64_t kHugePage = 2 << 20;
 

@@ -52,32 +52,47 @@ struct Chunk {
 
 void add_chunks(std::int64_t expert, std::int64_t begin, std::int64_t end, std::vector<Chunk>& chunks);
 
-// Products of outputs first..first + num_rows - 1 of one expert with the rows token[0..num_tokens) of x.
-// Returns the tile, or null when memory is out.
-float* product(const Weight& weight, std::int64_t expert, std::int64_t first, int num_rows, const Rows& x,
-               const std::int32_t* token, int num_tokens, int thread);
+// Where the tile of outputs first..first + kTileRows - 1 of one expert lies, as far as it is one piece of memory.
+Next place_of_tile(const Weight& weight, std::int64_t expert, std::int64_t first);
 
-// Ends of the runs of neighboring tiles that make the tasks.
+// Products of outputs first..first + num_rows - 1 of one expert with the rows token[0..num_tokens) of x. `next`: the
+// tile that this thread reads after it, to be fetched meanwhile. Returns the tile, or null when memory is out.
+float* product(const Weight& weight, std::int64_t expert, std::int64_t first, int num_rows, const Rows& x,
+               const std::int32_t* token, int num_tokens, int thread, Next next);
+
+// Ends of the runs of neighboring tiles that a thread takes at a time.
 std::vector<std::int64_t> run_ends(std::int64_t num_tiles, bool is_few);
 
-// Call use(chunk, first output, number of outputs, tile) for every tile of the products of all chunks.
+// Call use(chunk, first output, number of outputs, tile) for every tile of the products of all chunks. A thread takes
+// its next run when it begins one, so that it knows what it reads next.
 template <typename Use>
 void for_each_tile(const Weight& weight, const std::vector<Chunk>& chunks, const Rows& x, const std::int32_t* token,
                    const Use& use) {
   const std::int64_t tiles = ceil_div(weight.num_outputs, kTileRows);
-  const bool is_few = !chunks.empty() && chunks.front().count <= 8;
+  const bool is_few = !chunks.empty() && chunks.front().count <= kFewTokens;
   const auto ends = run_ends(tiles * static_cast<std::int64_t>(chunks.size()), is_few);
+  const auto num_runs = static_cast<std::int64_t>(ends.size());
+  const auto begin_of = [&](std::int64_t run) { return run ? ends[run - 1] : 0; };
+  const auto next_of = [&](std::int64_t at) {
+    return place_of_tile(weight, chunks[at / tiles].expert, at % tiles * kTileRows);
+  };
+  std::atomic<std::int64_t> taken{0};
   std::atomic<bool> out_of_memory{false};
-  parallel(static_cast<std::int64_t>(ends.size()), [&](std::int64_t task, int thread) {
-    for (std::int64_t at = task ? ends[task - 1] : 0; at < ends[task]; ++at) {
-      const Chunk& chunk = chunks[at / tiles];
-      const std::int64_t first = at % tiles * kTileRows;
-      const int num_rows = static_cast<int>(std::min<std::int64_t>(kTileRows, weight.num_outputs - first));
-      float* tile = product(weight, chunk.expert, first, num_rows, x, token + chunk.begin, chunk.count, thread);
-      if (tile)
-        use(chunk, first, num_rows, tile);
-      else
-        out_of_memory = true;
+  parallel(std::min<std::int64_t>(num_threads(), num_runs), [&](std::int64_t, int thread) {
+    for (std::int64_t run = taken++, following; run < num_runs; run = following) {
+      following = taken++;
+      for (std::int64_t at = begin_of(run); at < ends[run]; ++at) {
+        const std::int64_t then = at + 1 < ends[run] ? at + 1 : following < num_runs ? begin_of(following) : -1;
+        const Next next = then >= 0 ? next_of(then) : Next{nullptr, 0};
+        const Chunk& chunk = chunks[at / tiles];
+        const std::int64_t first = at % tiles * kTileRows;
+        const int num_rows = static_cast<int>(std::min<std::int64_t>(kTileRows, weight.num_outputs - first));
+        float* tile = product(weight, chunk.expert, first, num_rows, x, token + chunk.begin, chunk.count, thread, next);
+        if (tile)
+          use(chunk, first, num_rows, tile);
+        else
+          out_of_memory = true;
+      }
     }
   });
   if (out_of_memory) throw std::bad_alloc();

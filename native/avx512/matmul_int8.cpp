@@ -176,7 +176,11 @@ void mxfp4_to_panels(const uint8_t* blocks, const uint8_t* scales, int num_rows,
   }
 }
 
-// What will be read next is fetched into L2 evenly over the blocks of all tokens: the products hide the memory.
+// How panels come from memory (measured: docs/performance.md). One token: as the hardware fetches them, which follows
+// two streams best alone. More in one pass: each stream so far ahead of its loads. Several passes: what will be read
+// next comes into L2 evenly over the blocks of all of them, and the products hide the memory.
+constexpr int64_t kStreamAhead = 4096;
+
 struct Ahead {
   const char* at;
   const char* end;
@@ -231,7 +235,7 @@ bool are_moderate(const uint8_t* x, int64_t row_bytes, const int32_t* token, int
 // kPower: weights' scales are powers of two (MXFP4's are), and all scales are moderate. Their product is then a sum of
 // exponents, which every vector unit can make; a multiplication would take a turn of the units that the integer
 // products need. The bits are the same.
-template <int NT, int NP, bool kPower>
+template <int NT, int NP, bool kPower, bool kStream>
 void panel_tile(const uint8_t* panels, int64_t num_blocks, const uint8_t* x, int64_t row_bytes, const int32_t* token,
                 Ahead& ahead, float* tile) {
   const uint8_t* row[NT];
@@ -253,7 +257,11 @@ void panel_tile(const uint8_t* panels, int64_t num_blocks, const uint8_t* x, int
 #pragma GCC unroll 8
     for (int part = 0; part < 8; ++part) {
       __m512i v[NP];
-      for (int p = 0; p < NP; ++p) v[p] = _mm512_loadu_si512(w + p * stride + part * 64);
+      for (int p = 0; p < NP; ++p) {
+        const uint8_t* from = w + p * stride + part * 64;
+        if (kStream) _mm_prefetch(reinterpret_cast<const char*>(from + kStreamAhead), _MM_HINT_T0);
+        v[p] = _mm512_loadu_si512(from);
+      }
       for (int t = 0; t < NT; ++t) {
         const __m512i a = _mm512_set1_epi32(dword(row[t] + at + part / 4 * 64 + part % 4 * 4));
         for (int p = 0; p < NP; ++p) acc[t][p] = _mm512_dpbusd_epi32(acc[t][p], v[p], a);
@@ -280,13 +288,20 @@ template <int NP, bool kPower>
 void panel_tiles(const uint8_t* panels, int64_t num_blocks, const uint8_t* x, int64_t row_bytes, const int32_t* token,
                  int num_tokens, Next next, float* tile) {
   using Fn = void (*)(const uint8_t*, int64_t, const uint8_t*, int64_t, const int32_t*, Ahead&, float*);
-  constexpr Fn by_count[kTileTokens] = {panel_tile<1, NP, kPower>, panel_tile<2, NP, kPower>,
-                                        panel_tile<3, NP, kPower>, panel_tile<4, NP, kPower>,
-                                        panel_tile<5, NP, kPower>, panel_tile<6, NP, kPower>};
-  Ahead ahead(next, (num_tokens + kTileTokens - 1) / kTileTokens * num_blocks);
-  for (int t = 0; t < num_tokens; t += kTileTokens) {
-    const int count = num_tokens - t < kTileTokens ? num_tokens - t : kTileTokens;
-    by_count[count - 1](panels, num_blocks, x, row_bytes, token + t, ahead, tile + t * kTileRows);
+  constexpr Fn by_count[kTileTokens] = {panel_tile<1, NP, kPower, false>, panel_tile<2, NP, kPower, false>,
+                                        panel_tile<3, NP, kPower, false>, panel_tile<4, NP, kPower, false>,
+                                        panel_tile<5, NP, kPower, false>, panel_tile<6, NP, kPower, false>};
+  constexpr Fn streamed[kTileTokens] = {panel_tile<1, NP, kPower, false>, panel_tile<2, NP, kPower, true>,
+                                        panel_tile<3, NP, kPower, true>,  panel_tile<4, NP, kPower, true>,
+                                        panel_tile<5, NP, kPower, true>,  panel_tile<6, NP, kPower, true>};
+  int passes = (num_tokens + kTileTokens - 1) / kTileTokens;
+  if (passes == 1) next.bytes = 0;
+  Ahead ahead(next, passes * num_blocks);
+  const Fn* tiles = passes == 1 ? streamed : by_count;
+  // Equal shares: eight tokens are four and four, so that what is fetched ahead comes evenly.
+  for (int t = 0, count; t < num_tokens; t += count, --passes) {
+    count = (num_tokens - t + passes - 1) / passes;
+    tiles[count - 1](panels, num_blocks, x, row_bytes, token + t, ahead, tile + t * kTileRows);
   }
 }
 

@@ -9,7 +9,7 @@ namespace {
 constexpr int kHalf = kPackedBlockBytes / 2;  // of one panel
 
 // How far ahead of its loads a tile is prefetched: it is one stream, and the next tile lies behind it.
-constexpr int64_t kAhead = 8192;
+constexpr int64_t kAhead = 4096;
 
 // vpermb looks at six bits of an index: a table of 16 values four times over needs no mask for the other nibble.
 inline __attribute__((always_inline)) __m512i low_values(__m512i v) { return _mm512_permutexvar_epi8(v, mxfp4_table()); }
