@@ -10,11 +10,15 @@ of all of them and the window blocks of the last `window - 1` positions are ther
 positions would not do: their window keys in an upper layer depend on still earlier positions through the
 window layers below. So window blocks that end a prompt, end a sequence, or lie where two prompts were seen to
 part are kept longest ("warm"); those that merely left a window go first ("cold").
+
+Behind its last whole block a sequence may begin as another one's block does, which differs later on or goes
+on where the sequence ends. That block is copied and its first positions are used, so that a prompt that was
+seen before computes its last token alone.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +46,15 @@ class BlockStorage(Protocol):
 
     def load(self, digest: bytes, parent: bytes, token_bytes: bytes, kind: LayerKind, block: int) -> bool:
         """Fill a block of the pool; False when it has none that is whole."""
+        ...
+
+
+@runtime_checkable
+class BlockCopier(Protocol):
+    """A runner that copies cache blocks."""
+
+    def copy_block(self, kind: LayerKind, source: int, target: int) -> None:
+        """Keys and values of a block to another, in all layers of its kind. Between two steps only."""
         ...
 
 
@@ -93,9 +106,13 @@ class PagedCache:
         max_tokens: int,
         prefix_cache: bool = True,
         storage: BlockStorage | None = None,
+        copier: BlockCopier | None = None,
     ) -> None:
-        """storage: where complete blocks are kept besides, None: nowhere."""
+        """storage: where complete blocks are kept besides, None: nowhere. copier: None: whole blocks alone
+        are used again.
+        """
         self._storage = storage if prefix_cache else None
+        self._copier = copier
         self.num_restored = 0
         self.block_tokens = block_tokens
         self.window = window
@@ -135,6 +152,8 @@ class PagedCache:
             lease.anchors.append(len(nodes))
         if num_resumed:
             self._resume(lease, nodes[:num_resumed])
+        if reuses and self._reuses and self._copier is not None:
+            self._copy_part(self._copier, lease, token_ids, num_needed + reserve)
         return lease
 
     def _match(self, token_ids: TokenIds, salt: str) -> tuple[list[PrefixNode], int]:
@@ -166,6 +185,28 @@ class PagedCache:
         for i in range(lease.window_start, n):
             self.windowed.share(nodes[i].window_block)
             self.window_block_SB[lease.row, i] = nodes[i].window_block
+
+    def _copy_part(self, copier: BlockCopier, lease: Lease, token_ids: TokenIds, num_wanted: int) -> None:
+        """Begin the next block with a copy of one that begins the same, if num_wanted blocks are left."""
+        parent = lease.nodes[-1] if lease.nodes else None
+        rest = token_ids[lease.num_computed : len(token_ids) - 1][: self.block_tokens]
+        node, num_shared = self.index.nearest(parent, lease.salt, rest.tobytes())
+        if node is None:
+            return
+        # Held, so that neither block is taken to make room for its copy.
+        full, windowed = node.full_block, node.window_block
+        self.full.share(full)
+        self.windowed.share(windowed)
+        if self.full.num_available >= num_wanted and self.windowed.num_available:
+            targets = self.full.take(), self.windowed.take()
+            copier.copy_block("full", full, targets[0])
+            copier.copy_block("window", windowed, targets[1])
+            self.full_block_SB[lease.row, lease.num_blocks] = targets[0]
+            self.window_block_SB[lease.row, lease.num_blocks] = targets[1]
+            lease.num_blocks += 1
+            lease.num_computed += num_shared
+        self.windowed.release(windowed)
+        self.full.release(full)
 
     def _first_visible(self, position: int) -> int:
         """The first block that a window query at this position, or a later one, can see."""

@@ -17,7 +17,7 @@ from harmonium.config import CACHE_BLOCK_TOKENS, EngineConfig, LoraSource
 from harmonium.engine.adapter_updates import AdapterUpdates
 from harmonium.engine.adapters import AdapterTable, ServedAdapter
 from harmonium.engine.admission import check_adapter, check_request, check_token_ids
-from harmonium.engine.blocks import PagedCache
+from harmonium.engine.blocks import BlockCopier, PagedCache
 from harmonium.engine.disk import BlockFiles, RunnerBlocks, StoredBlocks
 from harmonium.engine.drafts import PromptLookup, decode_cost
 from harmonium.engine.pace import PrefillPace
@@ -66,8 +66,9 @@ class LocalEngine:
         """
         config = config or EngineConfig()
         storage = None if block_files is None else StoredBlocks(block_files, _with_blocks(runner))
+        copier = runner if isinstance(runner, BlockCopier) else None
         cache = _make_cache(
-            runner.config, context_length, num_full_blocks, num_window_blocks, config, storage
+            runner.config, context_length, num_full_blocks, num_window_blocks, config, storage, copier
         )
         scheduler = Scheduler(
             cache,
@@ -207,6 +208,7 @@ def _make_cache(
     num_window_blocks: int,
     config: EngineConfig,
     storage: StoredBlocks | None,
+    copier: BlockCopier | None,
 ) -> PagedCache:
     window = model.window
     if "window" not in model.layer_kinds:
@@ -221,6 +223,7 @@ def _make_cache(
         max_tokens=context_length,
         prefix_cache=config.prefix_cache,
         storage=storage,
+        copier=copier,
     )
     least_full = -(-context_length // CACHE_BLOCK_TOKENS)
     least_window = min(least_full, cache.window_blocks_before + 1)

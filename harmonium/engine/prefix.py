@@ -8,8 +8,14 @@ compared, so two prompts whose hashes collide never read each other's keys and v
 from __future__ import annotations
 
 from hashlib import blake2b
+from itertools import islice
+
+import numpy as np
 
 DIGEST_BYTES = 16
+
+CHILDREN_COMPARED = 64
+"""Blocks behind one block that are compared with a prompt's next tokens: the latest ones."""
 
 
 class PrefixNode:
@@ -70,6 +76,7 @@ class PrefixIndex:
 
     def __init__(self) -> None:
         self._node_of: dict[bytes, PrefixNode] = {}
+        self._children_of: dict[bytes, dict[bytes, PrefixNode]] = {}
 
     def __len__(self) -> int:
         return len(self._node_of)
@@ -91,8 +98,33 @@ class PrefixIndex:
             return None
         node = PrefixNode(digest, parent, salt, token_bytes, full_block, window_block)
         self._node_of[digest] = node
+        self._children_of.setdefault(node.parent_digest, {})[digest] = node
         return node
+
+    def nearest(
+        self, parent: PrefixNode | None, salt: str, token_bytes: bytes
+    ) -> tuple[PrefixNode | None, int]:
+        """The block behind `parent`, with both its cache blocks there, that begins as these tokens do (fewer
+        than a block or as many), and how many tokens they share; (None, 0) where none shares one.
+        """
+        wanted = np.frombuffer(token_bytes, np.int32)
+        best: PrefixNode | None = None
+        most = 0
+        before = parent.digest if parent is not None else salt_digest(salt)
+        for node in islice(reversed(self._children_of.get(before, {}).values()), CHILDREN_COMPARED):
+            if node.parent is not parent or node.salt != salt or node.window_block < 0:
+                continue
+            held = np.frombuffer(node.token_bytes, np.int32)[: wanted.size]
+            differs = np.flatnonzero(held != wanted[: held.size])
+            num_shared = int(differs[0]) if differs.size else held.size
+            if num_shared > most:
+                best, most = node, num_shared
+        return best, most
 
     def remove(self, node: PrefixNode) -> None:
         """Take out a node that is in."""
         del self._node_of[node.digest]
+        siblings = self._children_of[node.parent_digest]
+        del siblings[node.digest]
+        if not siblings:
+            del self._children_of[node.parent_digest]

@@ -46,6 +46,13 @@ def take_cache(config: ModelConfig, num_blocks: int, kv_cache: KvCache) -> Layer
     return LayerCache(*halves, zeros(groups, np.uint16), zeros(groups, np.uint16))
 
 
+def copy_block(layers: Iterable[LayerCache], source: int, target: int) -> None:
+    """Keys and values of one block to another."""
+    for layer in layers:
+        for part in layer.arrays:
+            part[target] = part[source]
+
+
 def read_block(layers: Iterable[LayerCache], block: int) -> bytes:
     """Keys and values of one block as they are held, layer by layer."""
     return b"".join(part[block].tobytes() for layer in layers for part in layer.arrays)

@@ -22,7 +22,7 @@ from harmonium.config import CACHE_BLOCK_TOKENS, KvCache, Weights
 from harmonium.errors import CheckpointError, EngineClosed
 from harmonium.kernels.ops import attention, rms_norm, rope_and_store, router
 from harmonium.model.batch import Batch, SampledToken, StepResult
-from harmonium.model.cache import LayerCache, read_block, take_cache, write_block
+from harmonium.model.cache import LayerCache, copy_block, read_block, take_cache, write_block
 from harmonium.model.expert_cache import ExpertCounts
 from harmonium.model.lora import AdapterSet, StepAdapters
 from harmonium.model.memory import EMBEDDING_ROWS_KEPT, MAX_LOGIT_ROWS
@@ -198,6 +198,10 @@ class NativeRunner:
     def write_block(self, kind: LayerKind, block: int, data: bytes) -> bool:
         """What `read_block` gave, back into a block; False, and no change, for another number of bytes."""
         return write_block(self._caches_of(kind), block, data)
+
+    def copy_block(self, kind: LayerKind, source: int, target: int) -> None:
+        """Keys and values of one cache block to another. Between two steps only."""
+        copy_block(self._caches_of(kind), source, target)
 
     def _caches_of(self, kind: LayerKind) -> list[LayerCache]:
         layers = zip(self._config.layer_kinds, self._caches, strict=True)

@@ -259,7 +259,7 @@ void panel_tile(const uint8_t* panels, int64_t num_blocks, const uint8_t* x, int
       __m512i v[NP];
       for (int p = 0; p < NP; ++p) {
         const uint8_t* from = w + p * stride + part * 64;
-        if (kStream) _mm_prefetch(reinterpret_cast<const char*>(from + kStreamAhead), _MM_HINT_T0);
+        if (kStream) _mm_prefetch(reinterpret_cast<const char*>(from + kStreamAhead), _MM_HINT_NTA);
         v[p] = _mm512_loadu_si512(from);
       }
       for (int t = 0; t < NT; ++t) {

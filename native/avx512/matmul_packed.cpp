@@ -29,7 +29,7 @@ void to_panels(const uint8_t* packed, int64_t num_blocks, uint8_t* panels) {
       uint8_t* w = panels + p * stride + b * kPanelBlockBytes;
 #pragma GCC unroll 4
       for (int g = 0; g < 4; ++g, from += 64) {
-        _mm_prefetch(reinterpret_cast<const char*>(from + kAhead), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(from + kAhead), _MM_HINT_NTA);
         const __m512i v = _mm512_loadu_si512(from);
         _mm512_storeu_si512(w + g * 64, low_values(v));
         _mm512_storeu_si512(w + kHalf + g * 64, high_values(v));
@@ -62,7 +62,7 @@ void tile_of(const uint8_t* packed, int64_t num_blocks, const uint8_t* x, int64_
       __m512i low[2], high[2];
       for (int p = 0; p < 2; ++p) {
         const uint8_t* from = nibbles + b * kPackedBlockBytes + p * kHalf + g * 64;
-        _mm_prefetch(reinterpret_cast<const char*>(from + kAhead), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(from + kAhead), _MM_HINT_NTA);
         const __m512i v = _mm512_loadu_si512(from);
         low[p] = low_values(v);
         high[p] = high_values(v);

@@ -125,6 +125,10 @@ class FakeRunner:
         cache[block] = np.frombuffer(data, np.uint64).reshape(cache[block].shape)
         return True
 
+    def copy_block(self, kind: LayerKind, source: int, target: int) -> None:
+        cache = self._full if kind == "full" else self._window
+        cache[target] = cache[source]
+
     def set_adapter(self, index: int, adapter: LoraAdapter | None) -> None:
         assert self._in_step.acquire(blocking=False), "an adapter is changed during a step"
         self.adapters[index] = adapter

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harmonium.checkpoint.model_config import LayerKind
 from harmonium.engine import prefix
 from harmonium.engine.blocks import Lease, PagedCache, TokenIds
 from tests.engine.serving import prompt_of
@@ -12,8 +13,23 @@ from tests.engine.serving import prompt_of
 P = 32
 
 
+class Copies:
+    """What was copied."""
+
+    def __init__(self) -> None:
+        self.blocks: list[tuple[str, int, int]] = []
+
+    def copy_block(self, kind: LayerKind, source: int, target: int) -> None:
+        assert source != target
+        self.blocks.append((kind, source, target))
+
+
 def make_cache(
-    num_full: int = 32, num_window: int = 32, window: int = 40, prefix_cache: bool = True
+    num_full: int = 32,
+    num_window: int = 32,
+    window: int = 40,
+    prefix_cache: bool = True,
+    copier: Copies | None = None,
 ) -> PagedCache:
     return PagedCache(
         num_full,
@@ -23,6 +39,7 @@ def make_cache(
         max_sequences=4,
         max_tokens=num_full * P,
         prefix_cache=prefix_cache,
+        copier=copier,
     )
 
 
@@ -181,6 +198,47 @@ def test_check_sees_a_lost_block() -> None:
         cache.check()
 
 
+def test_a_prompt_seen_before_computes_its_last_token_alone() -> None:
+    copies = Copies()
+    cache = make_cache(copier=copies)
+    for length in (96, 75):  # to the end of a block, and within one that the answer filled
+        token_ids = ids(130, length)
+        assert serve(cache, token_ids) == 0
+        copies.blocks.clear()
+        lease = open_lease(cache, token_ids[:length])
+        assert lease.num_computed == length - 1
+        n = lease.num_blocks - 1
+        assert [kind for kind, _, _ in copies.blocks] == ["full", "window"]
+        assert copies.blocks[0][2] == cache.full_block_SB[lease.row, n]
+        assert copies.blocks[1][2] == cache.window_block_SB[lease.row, n]
+        compute(cache, lease, token_ids[:length])
+        cache.close(lease)
+
+
+def test_a_prompt_that_parts_within_a_block_takes_what_is_common() -> None:
+    cache = make_cache(copier=Copies())
+    serve(cache, ids(100))
+    other = np.concatenate([ids(75), ids(60, 1)])
+    assert serve(cache, other) == 75
+    assert serve(cache, other, "another salt") == 0
+    first = np.concatenate([ids(9), ids(60, 1)])
+    assert serve(cache, first) == 9  # from the first block on
+    nearest = np.concatenate([ids(75), ids(10, 1), ids(60, 2)])
+    assert serve(cache, nearest) == 85  # of two blocks there the one that has more in common
+
+
+def test_nothing_is_copied_where_blocks_are_few() -> None:
+    copies = Copies()
+    cache = make_cache(4, copier=copies)
+    serve(cache, ids(100))
+    held = open_lease(cache, ids(32, 5))
+    compute(cache, held, ids(32, 5))
+    before = cache.full.num_available
+    lease = cache.open(np.concatenate([ids(75), ids(20, 1)]), "", 95, reserve=before - 2)
+    assert lease is None or lease.num_computed % P == 0
+    assert not copies.blocks
+
+
 STEPS = st.lists(
     st.tuples(st.sampled_from(["open", "step", "close"]), st.integers(0, 3), st.integers(1, 70)), max_size=60
 )
@@ -192,11 +250,12 @@ STEPS = st.lists(
     window=st.sampled_from([1, 8, 33, 70]),
     num_window=st.integers(4, 12),
     prefix_cache=st.booleans(),
+    copies=st.booleans(),
 )
 def test_books_balance_after_any_operations(
-    steps: list[tuple[str, int, int]], window: int, num_window: int, prefix_cache: bool
+    steps: list[tuple[str, int, int]], window: int, num_window: int, prefix_cache: bool, copies: bool
 ) -> None:
-    cache = make_cache(10, num_window, window, prefix_cache)
+    cache = make_cache(10, num_window, window, prefix_cache, Copies() if copies else None)
     held: dict[int, tuple[Lease, TokenIds]] = {}
     for what, which, amount in steps:
         if what == "open" and which not in held:

@@ -137,6 +137,8 @@ def test_block_has_the_planned_bytes_and_comes_back(name: str, kv_cache: KvCache
         assert len(kept) == block_bytes(CONFIGS[name], kind, kv_cache) and any(kept)
         assert runner.write_block(kind, 2, kept) and runner.read_block(kind, 2) == kept
         assert not runner.write_block(kind, 2, kept[1:]) and runner.read_block(kind, 2) == kept
+        runner.copy_block(kind, 0, 2)
+        assert runner.read_block(kind, 2) == runner.read_block(kind, 0) != kept
 
 
 @pytest.mark.parametrize(
