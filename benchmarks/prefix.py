@@ -12,8 +12,8 @@ restart: the same prompt in a new process, which finds it in --cache-dir (defaul
 
 A time runs from the request to its first token; the model is loaded and resident before. Files of the cache
 are in the system's page cache, as after a restart of the server alone. In the same process a hit computes the
-last token alone where its block is cached; after a restart it computes what follows the last whole block, 1 to
-32 tokens: `computed` says how many. `load`: what create_engine took in the new process.
+last token alone where its block is cached; after a restart it computes what follows the last whole block, 1
+to 32 tokens: `computed` says how many. `load`: what create_engine took in the new process.
 """
 
 from __future__ import annotations
