@@ -31,7 +31,7 @@ _log = logging.getLogger("harmonium.server")
 class BackgroundRun:
     """A response that is made whether or not somebody listens.
 
-    created: the object before anything was done. events: all so far.
+    created: the object before anything was done. events: all so far. failure: why its end is not stored.
     """
 
     def __init__(self, owner: str, writer: ResponseEvents) -> None:
@@ -42,8 +42,8 @@ class BackgroundRun:
         self.task: asyncio.Task[None] | None = None
         self.is_cancelled = False
         self._news = asyncio.Event()
+        self.failure: StoreError | None = None
         self._is_over = False
-        self._failure: StoreError | None = None
 
     @property
     def response(self) -> Json:
@@ -57,8 +57,8 @@ class BackgroundRun:
 
     def end(self, failure: StoreError | None = None) -> None:
         """No more events will come. failure: why the last one could not be stored, and is not given out."""
+        self.failure = failure
         self._is_over = True
-        self._failure = failure
         self._wake()
 
     def _wake(self) -> None:
@@ -77,8 +77,8 @@ class BackgroundRun:
                 yield self.events[place]
                 place += 1
             if self._is_over:
-                if self._failure is not None:
-                    raise self._failure
+                if self.failure is not None:
+                    raise self.failure
                 return
             await news.wait()
 
@@ -148,9 +148,14 @@ class Responses:
         return run if run is not None and run.owner == owner else None
 
     async def cancel(self, run: BackgroundRun) -> Json:
-        """End a run. Returns its response, which is cancelled unless it came to its own end first."""
+        """End a run. Returns its response, which is cancelled unless it came to its own end first.
+
+        Raises StoreError where that could not be stored.
+        """
         run.is_cancelled = True
         await self._stop(run)
+        if run.failure is not None:
+            raise run.failure
         return run.response
 
     async def close(self) -> None:

@@ -9,6 +9,7 @@ The password of a URL appears in no name and no message.
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -214,7 +215,7 @@ def _prepare_sqlite(engine: Engine) -> None:
     """Transactions that begin when we say so: left to itself the driver begins them too late."""
 
     def connect(connection: Any, record: object) -> None:
-        connection.execute("PRAGMA journal_mode = WAL")
+        _use_wal(connection)
         connection.execute("PRAGMA synchronous = NORMAL")
 
     def begin(connection: Connection) -> None:
@@ -223,3 +224,16 @@ def _prepare_sqlite(engine: Engine) -> None:
 
     event.listen(engine, "connect", connect)
     event.listen(engine, "begin", begin)
+
+
+def _use_wal(connection: sqlite3.Connection) -> None:
+    """Readers and a writer at once. To set it does not wait for other servers that do, as a write would."""
+    end = time.monotonic() + _WAIT_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > end:
+                raise
+        time.sleep(0.02)

@@ -15,6 +15,7 @@ import pytest
 
 from harmonium.engine import ScriptedEngine
 from harmonium.engine.scripted import Script
+from harmonium.errors import StoreError
 from harmonium.server import (
     ServerConfig,
     ServerState,
@@ -28,11 +29,11 @@ from harmonium.server.stores import open_store
 from tests.scripted_chat import FINAL, REASONED, gen
 from tests.server.client import BASE_URL, error_of
 from tests.server.postgres import missing, postgres
-from tests.server.responses_client import PATH, check_events, events_of, texts
+from tests.server.responses_client import PATH, TERMINAL, check_events, events_of, texts
 from tests.server.test_shared_store import forget
 
-SLOW = Script(gen(FINAL.format("word " * 2000)), seconds_per_event=0.002)
-"""Four seconds at least, and nobody waits for its end."""
+SLOW = Script(gen(FINAL.format("word " * 20_000)), seconds_per_event=0.002)
+"""Forty seconds at least, and nobody waits for its end."""
 
 ANN, BOB = ({"authorization": f"Bearer {name}-key"} for name in ("ann", "bob"))
 
@@ -212,12 +213,19 @@ def test_cancel_from_another_server_frees_the_slot_and_ends_every_stream(shared_
     run(work)
 
 
-def test_delete_from_another_server_ends_the_response_for_good(shared_url: str) -> None:
+def test_delete_from_another_server_ends_the_response_for_good(
+    shared_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def work() -> None:
         async with servers(shared_url, SLOW) as (first, second):
             response_id = await first.begin()
+            looks: list[str] = []
+            events = second.store.events
+            monkeypatch.setattr(
+                second.store, "events", lambda id_, *rest: looks.append(id_) or events(id_, *rest)
+            )
             follower = asyncio.create_task(second.get(response_id, params={"stream": "true"}))
-            await asyncio.sleep(0.1)
+            await until(lambda: looks)
             assert (await second.client.delete(f"{PATH}/{response_id}")).json()["deleted"]
             last = events_of(await follower)[-1]
             assert (last["type"], last["code"]) == ("error", "response_not_found")
@@ -370,17 +378,19 @@ def test_answer_waits_for_a_postgresql_that_restarts() -> None:
     why = missing()
     if why is not None:
         pytest.skip(why)
-    script = Script(gen(FINAL.format("word " * 50)), seconds_per_event=0.01)
+    is_away = threading.Event()
 
     async def work(url: str, cluster: Any) -> None:
-        async with servers(url, script) as (first, second):
+        async with servers(url, Script(gen(FINAL.format("word " * 50)))) as (first, second):
+            end = first.store.end
+            first.store.end = lambda *rest: is_away.wait(60) and end(*rest)
             response_id = await first.begin()
             await asyncio.to_thread(cluster.stop)
-            run = first.responses.running[response_id]
+            is_away.set()
             error = error_of(await second.get(response_id), 503)
             assert error["code"] == "store_unavailable"
             assert "never-shown" not in error["message"]
-            await until(lambda: run.writer.is_over)
+            await until(lambda: first.responses.running[response_id].writer.is_over)
             assert (await first.get(response_id)).json()["status"] == "completed"
             await asyncio.to_thread(cluster.start)
             await until(lambda: not first.responses.running)
@@ -395,30 +405,41 @@ def test_answer_waits_for_a_postgresql_that_restarts() -> None:
         run(lambda: work(url, cluster))
 
 
+def _fail(*_: object) -> bool:
+    raise StoreError("no space left")
+
+
 def test_answer_that_cannot_be_stored_is_an_error_for_who_listens(
     shared_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sqlalchemy.exc import OperationalError
-
     monkeypatch.setattr(responses_run, "STORE_SECONDS", 0.0)
-
-    def fails(*_: object) -> None:
-        raise OperationalError("INSERT", {}, Exception("no space left"))
+    script = Script(gen(FINAL.format("word " * 50)), seconds_per_event=0.02)
 
     async def work() -> None:
-        async with servers(shared_url, Script(gen(FINAL.format("ok")), seconds_per_event=0.05)) as (
-            first,
-            second,
-        ):
+        async with servers(shared_url, script) as (first, second):
+            monkeypatch.setattr(first.store, "end", _fail)
             response_id = await first.begin()
-            monkeypatch.setattr(first.store._database._writer, "begin", fails)
-            streamed = await first.get(response_id, params={"stream": "true"})
-            last = events_of(streamed)[-1]
-            assert (last["type"], last["code"]) == ("error", "store_unavailable")
-            assert "no space left" in last["message"]
+            follower = first.responses.running[response_id].follow(-1)
+            with pytest.raises(StoreError, match="no space left"):
+                async for event in follower:
+                    assert event["type"] not in TERMINAL
             await until(lambda: not first.responses.running)
             forget(second.store)
             assert (await second.get(response_id)).json()["status"] == "failed"
+
+    run(work)
+
+
+def test_cancel_that_cannot_be_stored_is_a_503(shared_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(responses_run, "STORE_SECONDS", 0.0)
+
+    async def work() -> None:
+        async with servers(shared_url, SLOW) as (first, _):
+            monkeypatch.setattr(first.store, "end", _fail)
+            response_id = await first.begin()
+            error = error_of(await first.client.post(f"{PATH}/{response_id}/cancel"), 503)
+            assert "no space left" in error["message"]
+            assert first.engine.running == first.state.num_running == 0
 
     run(work)
 
