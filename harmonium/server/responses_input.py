@@ -81,7 +81,7 @@ def prepare_response(
             grammar=rules,
             adapter=state.adapter_of(body.model),
         ),
-        turn=StoredTurn(body.previous_response_id, date, given.items, given.entries),
+        turn=StoredTurn(body.previous_response_id, date, given.items, given.entries, earlier.entries),
         owner=owner,
     )
 

@@ -18,7 +18,7 @@ from harmonium.server.responses_elsewhere import Heartbeat
 from harmonium.server.responses_events import TERMINAL_TYPES, ResponseEvents
 from harmonium.server.responses_input import PreparedResponse
 from harmonium.server.state import ServerState
-from harmonium.server.store_records import Json, SharedStore, Store, StoredTurn
+from harmonium.server.store_records import Json, SharedStore, Store
 from harmonium.server.store_threads import in_store_thread
 from harmonium.server.turns import Turn, open_turn
 
@@ -192,8 +192,7 @@ class Responses:
     async def _save(
         self, prepared: PreparedResponse, writer: ResponseEvents, events: list[Json] | None
     ) -> None:
-        turn = prepared.turn
-        whole = StoredTurn(turn.previous, turn.date, turn.items, (*turn.entries, *writer.entries))
+        whole = replace(prepared.turn, entries=(*prepared.turn.entries, *writer.entries))
         if events is None:
             await in_store_thread(self.store.put, writer.response, whole, prepared.owner)
         else:

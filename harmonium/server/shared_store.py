@@ -92,11 +92,13 @@ class SharedResponseStore:
 
     def put(self, body: Json, turn: StoredTurn, owner: str = "") -> None:
         """Store a new response with its turn. Raises StoreError."""
-        packed, packed_turn = pack(body), pack_turn(turn)
+        packed = pack(body)
         with self._database.writing() as connection:
             remove(connection, body["id"])
+            parent = turn_of(connection, turn.previous, owner)
+            packed_turn = pack_turn(turn if parent is not None else turn.alone)
             new_turn = insert(turns).values(
-                parent=turn_of(connection, turn.previous, owner),
+                parent=parent,
                 date=turn.date,
                 input_items=packed_turn.items,
                 entries=packed_turn.entries,
@@ -121,12 +123,17 @@ class SharedResponseStore:
 
     def end(self, body: Json, turn: StoredTurn, events: Sequence[Json]) -> bool:
         """Store how a background response ended. False where it is gone, or has ended. Raises StoreError."""
-        packed, packed_turn = pack(body), pack_turn(turn)
+        packed = pack(body)
         with self._database.writing() as connection:
             is_it = (has_id(body["id"]), self._is_running)
-            turn_id = connection.scalar(select(responses.c.turn_id).where(*is_it))
-            if turn_id is None:
+            found = select(turns.c.turn_id, turns.c.parent).join(
+                responses, responses.c.turn_id == turns.c.turn_id
+            )
+            row = connection.execute(found.where(*is_it)).first()
+            if row is None:
                 return False
+            turn_id = row.turn_id
+            packed_turn = pack_turn(turn if row.parent is not None else turn.alone)
             of_turn = turns.c.turn_id == turn_id
             connection.execute(update(turns).where(of_turn).values(entries=packed_turn.entries))
             connection.execute(delete(items).where(items.c.turn_id == turn_id))

@@ -137,13 +137,15 @@ class ResponseStore:
 
     def put(self, body: dict[str, Any], turn: StoredTurn, owner: str = "") -> None:
         """Store a new response with its turn."""
-        packed, packed_turn = pack(body), pack_turn(turn)
-        size = len(packed) + packed_turn.size
+        packed = pack(body)
         with self._transaction():
             self._remove(body["id"])
+            parent = self._turn_of(turn.previous, owner)
+            packed_turn = pack_turn(turn if parent is not None else turn.alone)
+            size = len(packed) + packed_turn.size
             turn_id = self._db.execute(
                 "INSERT INTO turns (parent, date, items, entries) VALUES (?, ?, ?, ?)",
-                (self._turn_of(turn.previous, owner), turn.date, packed_turn.items, packed_turn.entries),
+                (parent, turn.date, packed_turn.items, packed_turn.entries),
             ).lastrowid
             self._add_ids(turn.item_ids, turn_id)
             self._db.execute(
@@ -156,17 +158,18 @@ class ResponseStore:
 
     def end(self, body: dict[str, Any], turn: StoredTurn, events: Sequence[Any]) -> bool:
         """Store how a background response ended, with the events of its stream. False where it is gone."""
-        packed, packed_events, packed_turn = pack(body), pack(list(events)), pack_turn(turn)
-        size = len(packed) + len(packed_events) + packed_turn.size
+        packed, packed_events = pack(body), pack(list(events))
         with self._transaction():
             row = self._db.execute(
-                "SELECT turn_id, size FROM responses"
+                "SELECT turn_id, parent, size FROM responses JOIN turns USING (turn_id)"
                 " WHERE response_id = ? AND status IN ('queued', 'in_progress')",
                 (body["id"],),
             ).fetchone()
             if row is None:
                 return False
-            turn_id, old_size = row
+            turn_id, parent, old_size = row
+            packed_turn = pack_turn(turn if parent is not None else turn.alone)
+            size = len(packed) + len(packed_events) + packed_turn.size
             self._db.execute("UPDATE turns SET entries = ? WHERE turn_id = ?", (packed_turn.entries, turn_id))
             self._db.execute("DELETE FROM items WHERE turn_id = ?", (turn_id,))
             self._add_ids(turn.item_ids, turn_id)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 from harmonium.errors import ConfigError
@@ -26,13 +26,19 @@ class StoredTurn:
     """What a response adds to its conversation. date: as its prompt said it; later turns keep it.
 
     previous: the response that it continues. items: its input, as the API lists it. entries: input, then
-    output.
+    output. earlier: what had been said before it when it was made.
     """
 
     previous: str | None
     date: str | None
     items: tuple[Item, ...]
     entries: tuple[Entry, ...]
+    earlier: tuple[Entry, ...] = ()
+
+    @property
+    def alone(self) -> StoredTurn:
+        """The turn where `previous` was deleted while it was made: the conversation is in its own entries."""
+        return replace(self, entries=(*self.earlier, *self.entries), earlier=())
 
     @property
     def item_ids(self) -> tuple[str, ...]:

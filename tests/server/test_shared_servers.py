@@ -144,6 +144,22 @@ def test_sealed_reasoning_of_one_server_is_taken_by_another(shared_url: str) -> 
     run(work)
 
 
+def test_response_that_is_deleted_while_another_server_continues_it_leaves_its_words(shared_url: str) -> None:
+    async def work() -> None:
+        script = Script(gen(FINAL.format("the answer")), seconds_per_event=0.02)
+        async with servers(shared_url, script) as (first, second):
+            one = await first.respond(input="question one")
+            fields = {"input": "question two", "previous_response_id": one["id"]}
+            making = asyncio.create_task(second.respond(**fields))
+            await until(lambda: second.engine.running)
+            assert (await first.client.delete(f"{PATH}/{one['id']}")).json()["deleted"]
+            three = {"input": "three", "previous_response_id": (await making)["id"]}
+            shown = (await first.client.post(f"{PATH}/render", json=three)).json()["text"]
+            assert [shown.count(text) for text in ("question one", "question two", "the answer")] == [1, 1, 2]
+
+    run(work)
+
+
 def test_background_response_is_fetched_and_followed_from_another_server(shared_url: str) -> None:
     script = Script(gen(FINAL.format("word " * 100)), seconds_per_event=0.01)
 

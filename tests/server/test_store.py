@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,17 @@ def test_deleting_what_a_running_response_continues_keeps_its_conversation_whole
     store.delete("r1")
     assert store.end(_body("r2"), _turn("r1", "b", "answer"), [])
     assert _said(store, "r2") == ["a", "b", "answer"]
+
+
+def test_deleting_what_an_answer_continues_while_it_is_made_keeps_its_conversation_whole(store: Any) -> None:
+    earlier = _turn(None, "a").entries
+    store.put(_body("r2"), replace(_turn("r1", "b"), earlier=earlier))  # r1 was deleted
+    assert _said(store, "r2") == ["a", "b"]
+    store.put(_body("r3", "queued"), replace(_turn("r1", "c"), earlier=earlier))
+    store.end(_body("r3"), replace(_turn("r1", "c", "answer"), earlier=earlier), [])
+    assert _said(store, "r3") == ["a", "c", "answer"]
+    store.put(_body("r4"), replace(_turn("r2", "d"), earlier=(*earlier, *_turn(None, "b").entries)))
+    assert _said(store, "r4") == ["a", "b", "d"]
 
 
 def test_turns_that_nobody_needs_are_gone(store: Any) -> None:
