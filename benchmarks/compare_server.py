@@ -42,7 +42,9 @@ class Completions:
         """Seconds until num_tokens more are there. Raises PeerError when there are not as many."""
         body: dict[str, Any] = {"prompt": list(prompt), "temperature": 0, "ignore_eos": True}
         if self.dialect == "llama":
-            path, body = "/completion", {**body, "n_predict": num_tokens, "cache_prompt": True}
+            # Streamed, for ik_llama.cpp's whole answers fail with 500 where random tokens are no UTF-8.
+            path = "/completion"
+            body = {**body, "n_predict": num_tokens, "cache_prompt": True, "stream": True}
         else:
             path, body = "/v1/completions", {**body, "max_tokens": num_tokens, "model": self.model}
         start = time.perf_counter()
@@ -54,12 +56,15 @@ class Completions:
         return seconds
 
     def post(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        """body None: a GET. Raises PeerError for every answer that is not JSON with status 200."""
+        """body None: a GET. Of a stream, its last event. Raises PeerError for an answer that is not JSON with
+        status 200.
+        """
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.address + path, data, {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                parsed = json.load(answer)
+                text = answer.read().decode(errors="replace").strip()
+            parsed = json.loads(text.rpartition("data: ")[2])
         except urllib.error.HTTPError as error:
             raise PeerError(f"{self.address}{path} answered {error.code}: {error.read()[:200]!r}") from None
         except (OSError, ValueError) as error:

@@ -67,16 +67,17 @@ class Answer(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if time.monotonic() < ready:
-            return self.say({}, 503)
+            return self.say({}, status=503)
         if self.path == "/completion":
             time.sleep(0.02 * body["n_predict"])
-            return self.say({"tokens_predicted": body["n_predict"]})
+            return self.say({"content": "a"}, {"tokens_predicted": body["n_predict"]})
         assert self.path == "/v1/completions" and body["model"] == "some-model"
         self.say({"usage": {"completion_tokens": body["max_tokens"] - LESS}})
-    def say(self, answer, status=200):
+    def say(self, *answers, status=200):
         self.send_response(status)
         self.end_headers()
-        self.wfile.write(json.dumps(answer).encode())
+        start = "data: " if len(answers) > 1 else ""
+        self.wfile.write("\\n\\n".join(start + json.dumps(answer) for answer in answers).encode())
     def log_message(self, *arguments):
         pass
 LESS = 0
