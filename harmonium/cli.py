@@ -217,6 +217,12 @@ def run_bench(arguments: argparse.Namespace) -> int:
 
 def run_serve(arguments: argparse.Namespace) -> int:
     """`harmonium serve`."""
+    if arguments.replicas is not None:
+        from harmonium.ray import serve_replicas
+
+        return serve_replicas(arguments)
+    if arguments.ray_address is not None:
+        raise ConfigError("--ray-address says where --replicas run; give both")
     from harmonium.server.serve import serve
 
     arguments.max_sequences = arguments.max_concurrency

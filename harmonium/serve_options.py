@@ -37,6 +37,7 @@ def add_serving(parser: argparse.ArgumentParser) -> None:
         help="native; torch: PyTorch, slow; vllm=URL[,URL]: vLLM computes (docs/vllm.md); script:FILE: "
         "answers from a file, no model (docs/api.md)",
     )
+    add_replicas(group)
     group.add_argument(
         "--launch-vllm",
         action="store_true",
@@ -44,6 +45,20 @@ def add_serving(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--vllm-command", default="vllm", metavar="PROGRAM", help="which vllm that is (default: of PATH)"
+    )
+
+
+def add_replicas(group: argparse._ArgumentGroup) -> None:
+    """Several servers as one, on Ray."""
+    group.add_argument(
+        "--replicas",
+        metavar="N|MIN:MAX",
+        help="so many engines behind one address, on Ray (extra [ray]; docs/cluster.md)",
+    )
+    group.add_argument(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="of a running Ray cluster, such as auto; default: this machine",
     )
 
 

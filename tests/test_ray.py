@@ -1,0 +1,263 @@
+"""Replicas on Ray Serve: what goes with them, and (with Ray) that they answer, die and change under load.
+
+The second half is opt-in: HARMONIUM_TEST_RAY=1 and the extras ray and store (docs/cluster.md).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from harmonium import ray as replicas
+from harmonium.errors import ConfigError, EngineBusy, EngineClosed
+from harmonium.server.config import ServerConfig
+from harmonium.server.state import ServerState
+from tests.server.postgres import missing, postgres
+
+HAS_RAY = importlib.util.find_spec("ray") is not None
+needs_ray = pytest.mark.skipif(
+    not (HAS_RAY and os.environ.get("HARMONIUM_TEST_RAY")), reason="HARMONIUM_TEST_RAY is not set, or no Ray"
+)
+STORE = {"store_url": "sqlite:///x.db"}
+
+
+@pytest.mark.parametrize(("text", "least", "most"), [("1", 1, 1), ("2", 2, 2), ("1:4", 1, 4)])
+def test_replicas_are_a_number_or_two(text: str, least: int, most: int) -> None:
+    assert replicas.Replicas.parse(text) == replicas.Replicas(least, most)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "x", "4:1", "0:2", "1:2:3", "1:", ":"])
+def test_other_numbers_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="--replicas is"):
+        replicas.Replicas.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"replicas": "2"}, "more than one replica needs --store-url"),
+        ({"replicas": "2", "store": "x.db"}, "--store FILE is one server's"),
+        ({"replicas": "2", "engine": "vllm=http://x", **STORE}, "of the native engine"),
+        ({"replicas": "2", "port": "0", **STORE}, "--port is 0"),
+        (
+            {"replicas": "2", "allow_lora_updates": "", **STORE},
+            "would change one replica",
+        ),
+        ({"no_such_option": "1"}, "no-such-option"),
+        ({"context_length": "x"}, "context-length"),
+    ],
+)
+def test_what_does_not_go_with_replicas_is_refused(args: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replicas.app({"model": "demo", **args})
+
+
+def test_options_are_those_of_serve() -> None:
+    arguments = replicas.parse({"model": "20b", "replicas": "1:4", "context_length": "4096", "insecure": ""})
+    assert (arguments.model, arguments.replicas, arguments.context_length) == ("20b", "1:4", 4096)
+    assert arguments.insecure and arguments.command == "serve"
+
+
+def test_threads_are_shared_out() -> None:
+    arguments = replicas.parse({"model": "demo", "replicas": "1:2", **STORE})
+    _, _, engine_config, model = replicas._settings(arguments)
+    assert model == "demo" and engine_config.threads == max(1, len(os.sched_getaffinity(0)) // 2)
+
+
+class _Stopped:
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def admit(self, request: object) -> None:
+        raise self.error
+
+
+def test_a_replica_whose_engine_has_stopped_is_ill(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(engine: Any) -> None:
+        monkeypatch.setattr(replicas, "_states", [ServerState(ServerConfig(), engine)])
+        replicas._Replica().check_health()
+
+    check(_Stopped(EngineBusy("many wait")))
+    with pytest.raises(EngineClosed):
+        check(_Stopped(EngineClosed("the engine has stopped")))
+
+
+@pytest.mark.skipif(HAS_RAY, reason="Ray is here")
+def test_without_ray_the_extra_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"pip install 'harmonium\[ray\]'"):
+        replicas.app({"model": "demo"})
+
+
+# ---- with Ray
+
+ADDRESS = "http://127.0.0.1:8765"
+
+
+@pytest.fixture(scope="module")
+def store_url() -> Iterator[str]:
+    reason = missing()
+    if reason is not None:
+        pytest.skip(reason)
+    with postgres() as cluster:
+        yield cluster.url
+
+
+def deploy(store_url: str, **changes: str) -> None:
+    import ray
+    from ray import serve
+
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, num_cpus=4)
+        serve.start(http_options={"host": "127.0.0.1", "port": 8765})
+    args = {
+        "model": "demo",
+        "replicas": "2",
+        "threads": "1",
+        "context_length": "2048",
+        "store_url": store_url,
+        **changes,
+    }
+    serve.run(replicas.app(args), name=replicas.APPLICATION, route_prefix="/")
+
+
+@pytest.fixture(scope="module")
+def cluster(store_url: str) -> Iterator[str]:
+    import ray
+    from ray import serve
+
+    deploy(store_url)
+    yield store_url
+    serve.shutdown()
+    ray.shutdown()
+
+
+def replica_processes() -> list[int]:
+    """Of the replicas, by the title that Ray gives their processes."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            title = (folder / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if title.startswith(b"ray::ServeReplica:harmonium:server"):
+            found.append(int(folder.name))
+    return found
+
+
+def ask(path: str, body: dict[str, Any]) -> dict[str, Any]:
+    body = {"model": "harmonium-demo", **body}
+    answer = httpx.post(f"{ADDRESS}/v1/{path}", json=body, timeout=120)
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
+
+
+def chat(question: str = "What is 47 + 385?", **more: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}], **more}
+
+
+def streamed(body: dict[str, Any]) -> str:
+    """The text of a streamed chat answer."""
+    text = ""
+    body = {"model": "harmonium-demo", "stream": True, **body}
+    with httpx.stream("POST", f"{ADDRESS}/v1/chat/completions", json=body, timeout=120) as answer:
+        assert answer.status_code == 200
+        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: ")]
+    assert lines[-1] == "[DONE]"
+    for line in lines[:-1]:
+        choices = json.loads(line)["choices"]
+        text += "".join(choice["delta"].get("content") or "" for choice in choices)
+    return text
+
+
+class Load:
+    """Requests of three kinds, again and again, on threads of their own."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.failures: list[str] = []
+        self._is_over = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._run, args=(kind,)) for kind in ("stream", "whole", "text")
+        ]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._is_over.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self, kind: str) -> None:
+        while not self._is_over.is_set():
+            try:
+                if kind == "stream":
+                    assert "432" in streamed(chat())
+                elif kind == "whole":
+                    answer = ask("responses", {"input": "What is 47 + 385?"})
+                    assert "432" in json.dumps(answer["output"])
+                else:
+                    assert ask("completions", {"prompt": "a b c", "max_tokens": 4})["choices"][0]["text"]
+            except Exception as error:  # counted, and looked at by the test
+                self.failures.append(f"{kind}: {error!r}"[:300])
+            self.counts[kind] += 1
+
+
+@needs_ray
+def test_two_replicas_answer_a_mixed_load(cluster: str) -> None:
+    assert len(replica_processes()) == 2
+    with Load() as load:
+        time.sleep(5)
+    assert not load.failures and min(load.counts.values()) >= 2, load.counts
+
+
+@needs_ray
+def test_a_conversation_goes_on_at_any_replica(cluster: str) -> None:
+    response = ask("responses", {"input": "What is 47 + 385?"})
+    for _ in range(8):  # one after the other lands at either
+        again = ask("responses", {"input": "And 2 + 3?", "previous_response_id": response["id"]})
+        assert again["previous_response_id"] == response["id"]
+        assert httpx.get(f"{ADDRESS}/v1/responses/{response['id']}", timeout=60).status_code == 200
+
+
+@needs_ray
+def test_a_rolling_update_loses_nothing(cluster: str) -> None:
+    before = set(replica_processes())
+    with Load() as load:
+        time.sleep(1)
+        deploy(cluster, context_length="1024")
+        time.sleep(1)
+    assert not load.failures, load.failures
+    assert before.isdisjoint(replica_processes())
+    listed = httpx.get(f"{ADDRESS}/v1/models", timeout=60).json()["data"]
+    assert listed[0]["max_model_len"] == 1024
+
+
+@needs_ray
+def test_a_killed_replica_ends_its_own_requests_alone(cluster: str) -> None:
+    victim = replica_processes()[0]
+    with Load() as load:
+        time.sleep(2)
+        os.kill(victim, signal.SIGKILL)
+        deadline = time.monotonic() + 120
+        while len(set(replica_processes()) - {victim}) < 2:
+            assert time.monotonic() < deadline, "no replica came in its place"
+            time.sleep(0.5)
+        time.sleep(3)
+        num_before = len(load.failures)
+        time.sleep(2)
+    assert len(load.failures) <= 3  # at most what each of the three threads had there
+    assert len(load.failures) == num_before  # and nothing once the other has come
