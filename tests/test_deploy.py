@@ -153,11 +153,8 @@ def test_volumes_that_are_mounted_are_there() -> None:
         volumes = {volume["name"]: volume for volume in pod.get("volumes", [])}
         for container in pod["containers"]:
             assert {mount["name"] for mount in container.get("volumeMounts", [])} <= set(volumes)
-        named = {
-            v["persistentVolumeClaim"]["claimName"]
-            for v in volumes.values()
-            if len(v) == 2 and "persistentVolumeClaim" in v
-        }
+        sources = [volume.get("persistentVolumeClaim") for volume in volumes.values()]
+        named = {source["claimName"] for source in sources if source}
         assert named <= claims
 
 
