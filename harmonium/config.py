@@ -241,6 +241,11 @@ def environment_text(name: str) -> str:
     return os.environ.get(name, "").strip()
 
 
+def set_environment_default(name: str, value: str) -> None:
+    """For a library that reads its settings in this process, unless the user has set it."""
+    os.environ.setdefault(name, value)
+
+
 def child_environment(further: Mapping[str, str]) -> dict[str, str]:
     """Our environment with these variables, for a program that we start."""
     return {**os.environ, **further}

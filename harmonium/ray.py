@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from harmonium import options
-from harmonium.config import EngineConfig
+from harmonium.config import EngineConfig, environment_config, set_environment_default
 from harmonium.engine.protocol import Request
 from harmonium.errors import ConfigError, EngineBusy
 from harmonium.model.batch import SamplingParams
@@ -62,21 +62,21 @@ class Replicas:
         return found
 
 
-def app(args: Mapping[str, str]) -> Any:
+def app(args: Mapping[str, Any]) -> Any:
     """The Serve application, for `serve run` and configuration files.
 
     args: options of `harmonium serve` by their names with _ for -, besides `model` and `replicas` ("2" or
-    "1:4"); an empty value is an option without one. Raises ConfigError as `harmonium serve` does.
+    "1:4"); true or an empty value is an option without one. Raises ConfigError as `harmonium serve` does.
     """
     return application(*_settings(parse(args)))
 
 
-def parse(args: Mapping[str, str]) -> argparse.Namespace:
+def parse(args: Mapping[str, Any]) -> argparse.Namespace:
     """What `harmonium serve` makes of these options. Raises ConfigError for one that it does not know."""
     words = ["serve", *([str(args["model"])] if "model" in args else [])]
     for name, value in args.items():
         if name != "model":
-            words += [f"--{name.replace('_', '-')}", *([str(value)] if value != "" else [])]
+            words += [f"--{name.replace('_', '-')}", *([] if value in ("", True) else [str(value)])]
     return options.parse(words)
 
 
@@ -99,14 +99,16 @@ def _settings(arguments: argparse.Namespace) -> tuple[Replicas, ServerConfig, En
     if config.port == 0:
         raise ConfigError("--port is 0; replicas listen on a port that is named")
     if engine_config.threads is None:
+        given = environment_config().get("threads")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        engine_config = replace(engine_config, threads=max(1, cores // replicas.most))
+        threads = given if isinstance(given, int) else max(1, cores // replicas.most)
+        engine_config = replace(engine_config, threads=threads)
     return replicas, config, engine_config, arguments.model or options.DEMO
 
 
 def _ray() -> tuple[Any, Any]:
     """(ray, ray.serve). Raises ConfigError where they are missing."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    set_environment_default("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
         from ray import serve

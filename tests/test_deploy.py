@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import re
 import shlex
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from harmonium import ray
 from harmonium.options import parse
 from harmonium.server.health import router
 
@@ -190,10 +190,9 @@ def test_ray_worker_has_room_for_the_threads_of_a_replica() -> None:
             assert int(worker["resources"]["limits"]["cpu"]) >= threads
 
 
-def test_ray_import_path_is_a_builder_of_ours() -> None:
-    if importlib.util.find_spec("harmonium.ray") is None:
-        pytest.skip("harmonium.ray is not there yet")
-    pytest.importorskip("ray", reason="needs the extra [ray]")
+def test_ray_import_path_is_a_builder_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     for application in serve_applications():
         module, _, name = application["import_path"].partition(":")
-        assert callable(getattr(importlib.import_module(module), name))
+        assert getattr(importlib.import_module(module), name) is ray.app
+        monkeypatch.setenv("HARMONIUM_STORE_URL", "postgresql://harmonium@postgres/harmonium")
+        ray._settings(ray.parse(application["args"]))  # raises for an option that there is not

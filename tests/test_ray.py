@@ -64,7 +64,7 @@ def test_what_does_not_go_with_replicas_is_refused(args: dict[str, str], message
 
 
 def test_options_are_those_of_serve() -> None:
-    arguments = replicas.parse({"model": "20b", "replicas": "1:4", "context_length": "4096", "insecure": ""})
+    arguments = replicas.parse({"model": "20b", "replicas": "1:4", "context_length": 4096, "insecure": True})
     assert (arguments.model, arguments.replicas, arguments.context_length) == ("20b", "1:4", 4096)
     assert arguments.insecure and arguments.command == "serve"
 
