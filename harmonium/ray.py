@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Mapping
@@ -120,6 +121,7 @@ def _ray() -> tuple[Any, Any]:
 def _join(ray: Any, address: str | None, replicas: Replicas, engine_config: EngineConfig) -> None:
     """Connect to a cluster, or start one on this machine alone. Raises ConfigError."""
     if address is not None:
+        _check_reachable(address)
         try:
             ray.init(address=address, log_to_driver=True)
         except (ConnectionError, ValueError, RuntimeError) as error:
@@ -133,6 +135,20 @@ def _join(ray: Any, address: str | None, replicas: Replicas, engine_config: Engi
             f"{replicas.least} replicas of {engine_config.threads} threads want {wanted} cores; "
             f"there are {there}"
         )
+
+
+def _check_reachable(address: str) -> None:
+    """Raises ConfigError where nobody listens: Ray itself would try for minutes."""
+    if address in ("auto", "local"):
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except ValueError:
+        raise ConfigError(f"--ray-address is {address[:80]!r}; expected HOST:PORT, or auto") from None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(f"no Ray cluster at {address[:80]}: {reason}") from None
 
 
 def serve_replicas(arguments: argparse.Namespace) -> int:

@@ -75,6 +75,18 @@ def test_threads_are_shared_out() -> None:
     assert model == "demo" and engine_config.threads == max(1, len(os.sched_getaffinity(0)) // 2)
 
 
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("127.0.0.1:1", "no Ray cluster at 127.0.0.1:1: "),
+        ("here", "--ray-address is 'here'; expected HOST:PORT"),
+    ],
+)
+def test_an_address_where_nobody_listens_is_refused_at_once(address: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replicas._check_reachable(address)
+
+
 class _Stopped:
     def __init__(self, error: Exception) -> None:
         self.error = error
