@@ -127,7 +127,7 @@ def _join(ray: Any, address: str | None, replicas: Replicas, engine_config: Engi
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ConfigError(f"no Ray cluster at {address}: {error}") from None
         return
-    ray.init(include_dashboard=False, log_to_driver=True)
+    ray.init(address="local", include_dashboard=False, log_to_driver=True)
     wanted, there = (engine_config.threads or 1) * replicas.least, int(ray.cluster_resources().get("CPU", 0))
     if wanted > there:
         ray.shutdown()
@@ -168,7 +168,10 @@ def serve_replicas(arguments: argparse.Namespace) -> int:
         print(f"ready: {model} at http://{config.host}:{config.port}", file=sys.stderr, flush=True)
         is_over.wait()
     finally:
-        serve.shutdown()
+        if arguments.ray_address is None:
+            serve.shutdown()
+        else:
+            serve.delete(APPLICATION)  # the cluster's other applications are not ours
         ray.shutdown()
     return 0
 
