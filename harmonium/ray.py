@@ -12,6 +12,7 @@ autoscaling.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import os
 import signal
@@ -20,20 +21,26 @@ import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from harmonium import options
 from harmonium.config import EngineConfig, environment_config, set_environment_default
 from harmonium.engine.protocol import Request
-from harmonium.errors import ConfigError, EngineBusy
+from harmonium.errors import ConfigError, EngineBusy, EngineError
+from harmonium.loading import find_model
 from harmonium.model.batch import SamplingParams
+from harmonium.server.app import create_app
 from harmonium.server.config import ServerConfig
-from harmonium.server.serve import server_config
+from harmonium.server.logs import LogFormat, configure_logging
+from harmonium.server.responses_run import Responses
+from harmonium.server.serve import listen, load_model, print_remarks, server_config, wait_until_empty
+from harmonium.server.state import ServerState
+from harmonium.server.stores import open_store
+from harmonium.server.tracing import find_tracing
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
-
-    from harmonium.server.state import ServerState
 
 APPLICATION = "harmonium"
 
@@ -63,13 +70,25 @@ class Replicas:
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a replica is made from. model: the word MODEL; the others as `harmonium serve` has them."""
+
+    replicas: Replicas
+    config: ServerConfig
+    engine_config: EngineConfig
+    model: str
+    log_format: LogFormat = "text"
+    otlp_endpoint: str | None = None
+
+
 def app(args: Mapping[str, Any]) -> Any:
     """The Serve application, for `serve run` and configuration files.
 
     args: options of `harmonium serve` by their names with _ for -, besides `model` and `replicas` ("2" or
     "1:4"); true or an empty value is an option without one. Raises ConfigError as `harmonium serve` does.
     """
-    return application(*_settings(parse(args)))
+    return application(_settings(parse(args)))
 
 
 def parse(args: Mapping[str, Any]) -> argparse.Namespace:
@@ -81,7 +100,7 @@ def parse(args: Mapping[str, Any]) -> argparse.Namespace:
     return options.parse(words)
 
 
-def _settings(arguments: argparse.Namespace) -> tuple[Replicas, ServerConfig, EngineConfig, str]:
+def _settings(arguments: argparse.Namespace) -> Settings:
     """Raises ConfigError for what does not go with replicas."""
     replicas = Replicas.parse(arguments.replicas or "1")
     if arguments.launch_vllm or arguments.engine not in (None, "native"):
@@ -104,7 +123,8 @@ def _settings(arguments: argparse.Namespace) -> tuple[Replicas, ServerConfig, En
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         threads = given if isinstance(given, int) else max(1, cores // replicas.most)
         engine_config = replace(engine_config, threads=threads)
-    return replicas, config, engine_config, arguments.model or options.DEMO
+    model = arguments.model or options.DEMO
+    return Settings(replicas, config, engine_config, model, arguments.log_format, arguments.otlp_endpoint)
 
 
 def _ray() -> tuple[Any, Any]:
@@ -118,7 +138,7 @@ def _ray() -> tuple[Any, Any]:
     return ray, serve
 
 
-def _join(ray: Any, address: str | None, replicas: Replicas, engine_config: EngineConfig) -> None:
+def _join(ray: Any, address: str | None, settings: Settings) -> None:
     """Connect to a cluster, or start one on this machine alone. Raises ConfigError."""
     if address is not None:
         _check_reachable(address)
@@ -128,13 +148,11 @@ def _join(ray: Any, address: str | None, replicas: Replicas, engine_config: Engi
             raise ConfigError(f"no Ray cluster at {address}: {error}") from None
         return
     ray.init(address="local", include_dashboard=False, log_to_driver=True)
-    wanted, there = (engine_config.threads or 1) * replicas.least, int(ray.cluster_resources().get("CPU", 0))
+    least, threads = settings.replicas.least, settings.engine_config.threads or 1
+    wanted, there = threads * least, int(ray.cluster_resources().get("CPU", 0))
     if wanted > there:
         ray.shutdown()
-        raise ConfigError(
-            f"{replicas.least} replicas of {engine_config.threads} threads want {wanted} cores; "
-            f"there are {there}"
-        )
+        raise ConfigError(f"{least} replicas of {threads} threads want {wanted} cores; there are {there}")
 
 
 def _check_reachable(address: str) -> None:
@@ -152,39 +170,63 @@ def _check_reachable(address: str) -> None:
 
 
 def serve_replicas(arguments: argparse.Namespace) -> int:
-    """`harmonium serve --replicas`: deploy, wait for a signal, take everything down. Returns the exit code.
+    """`harmonium serve --replicas`: deploy, wait for a signal, take it down. Returns the exit code.
 
-    Raises ConfigError.
+    Raises ConfigError, and EngineError where the replicas do not come up.
     """
-    replicas, config, engine_config, model = _settings(arguments)
+    settings = _settings(arguments)
+    print_remarks(arguments)
+    config = settings.config
     ray, serve = _ray()
-    _join(ray, arguments.ray_address, replicas, engine_config)
-    is_over = threading.Event()
+    if arguments.ray_address is None:
+        # Here a mistake has one line, and a download happens once.
+        from harmonium.engine.create import plan_engine  # native kernels are needed from here on
+
+        plan_engine(find_model(settings.model), settings.engine_config)
+    listen(config.host, config.port).close()  # Ray's proxy tells of a port that is taken with a traceback
+    _join(ray, arguments.ray_address, settings)
+    is_over = _ended_by_signal()
     try:
-        for name in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(name, lambda *_: is_over.set())
-        serve.start(http_options={"host": config.host, "port": config.port})
-        serve.run(application(replicas, config, engine_config, model), name=APPLICATION, route_prefix="/")
-        print(f"ready: {model} at http://{config.host}:{config.port}", file=sys.stderr, flush=True)
+        try:
+            serve.start(http_options={"host": config.host, "port": config.port})
+            serve.run(application(settings), name=APPLICATION, route_prefix="/")
+        except RuntimeError as error:
+            raise EngineError(f"the replicas do not come up: {error}") from None
+        print(f"ready: {settings.model} at http://{config.host}:{config.port}", file=sys.stderr, flush=True)
         is_over.wait()
     finally:
+        serve.delete(APPLICATION)  # a joined cluster may have other applications
         if arguments.ray_address is None:
             serve.shutdown()
-        else:
-            serve.delete(APPLICATION)  # the cluster's other applications are not ours
         ray.shutdown()
     return 0
 
 
-def application(replicas: Replicas, config: ServerConfig, engine_config: EngineConfig, model: str) -> Any:
+def _ended_by_signal() -> threading.Event:
+    """Set by SIGTERM and SIGINT; the second ends the process at once."""
+    is_over = threading.Event()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if is_over.is_set():
+            os._exit(128 + number)
+        is_over.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    return is_over
+
+
+def application(settings: Settings) -> Any:
     """The bound deployment of these settings."""
     _, serve = _ray()
-    allowed = config.max_concurrency + config.max_queue
+    config, replicas = settings.config, settings.replicas
     wanted: dict[str, Any] = {
         "name": "server",
-        "max_ongoing_requests": allowed + 16,  # health, models and the like beside the answers
-        "graceful_shutdown_timeout_s": config.drain_seconds,
-        "ray_actor_options": {"num_cpus": engine_config.threads or 1},
+        # Health, models and the like come beside the answers.
+        "max_ongoing_requests": config.max_concurrency + config.max_queue + 16,
+        # Requests first, then what runs in the background: each may take that long.
+        "graceful_shutdown_timeout_s": 2 * config.drain_seconds + 5,
+        "ray_actor_options": {"num_cpus": settings.engine_config.threads or 1},
         "health_check_period_s": 5,
     }
     if replicas.least == replicas.most:
@@ -195,44 +237,40 @@ def application(replicas: Replicas, config: ServerConfig, engine_config: EngineC
             "max_replicas": replicas.most,
             "target_ongoing_requests": config.max_concurrency,
         }
-
-    def build() -> (
-        FastAPI
-    ):  # a function, and not another callable: those Ray takes for the application itself
-        return _build(config, engine_config, model)
-
-    ingress = serve.ingress(build)
-    return serve.deployment(**wanted)(ingress(_Replica)).bind()
+    return serve.deployment(**wanted)(serve.ingress()(Replica)).bind(settings)
 
 
-class _Replica:
-    """What Ray asks beside requests."""
+class Replica:
+    """One server in a process of Ray's, which is ready when its model is loaded."""
+
+    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Ray awaits it
+        """Raises what loading and the store raise."""
+        configure_logging(settings.log_format)
+        self.state = ServerState(settings.config)
+        self.state.tracing = find_tracing(settings.otlp_endpoint)
+        self.responses = Responses(self.state, await asyncio.to_thread(open_store, settings.config))
+        self.state.set_engine(await load_model(self.state, settings.model, settings.engine_config))
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Called by Ray after the constructor."""
+        return create_app(self.state, self.responses)
 
     def check_health(self) -> None:
-        """Raises EngineClosed where the engine has stopped: the replica is then replaced."""
-        for state in _states:
-            if state.loaded_engine is not None:
-                with contextlib.suppress(EngineBusy):
-                    state.loaded_engine.admit(_PROBE)
+        """Called by Ray every few seconds, which replaces a replica that raises.
 
+        Raises EngineClosed where the engine has stopped.
+        """
+        with contextlib.suppress(EngineBusy):
+            self.state.engine.admit(_PROBE)
 
-_states: list[ServerState] = []
-
-
-def _build(config: ServerConfig, engine_config: EngineConfig, model: str) -> FastAPI:
-    """Load the model and make the application, in the replica's process."""
-    from harmonium.engine.create import create_engine
-    from harmonium.harmony.grammar_compile import tokenizer
-    from harmonium.loading import find_model
-    from harmonium.server.app import create_app
-    from harmonium.server.responses_run import Responses
-    from harmonium.server.state import ServerState
-    from harmonium.server.stores import open_store
-
-    state = ServerState(config)
-    responses = Responses(state, open_store(config))
-    state.set_engine(create_engine(find_model(model), engine_config))
-    if config.uses_grammar:
-        tokenizer()
-    _states.append(state)
-    return create_app(state, responses)
+    async def __del__(self) -> None:
+        """Called by Ray when no request is here any more: what runs in the background may end."""
+        if not hasattr(self, "responses"):
+            return  # the constructor raised
+        await wait_until_empty(self.state)
+        self.state.drain()
+        if self.state.loaded_engine is not None:
+            await self.state.loaded_engine.close()
+        await self.responses.close()
+        if self.state.tracing is not None:
+            await asyncio.to_thread(self.state.tracing.close)

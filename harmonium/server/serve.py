@@ -43,8 +43,7 @@ SCRIPT_PREFIX = "script:"
 def serve(arguments: argparse.Namespace, engine_config: EngineConfig) -> int:
     """Serve until a signal ends it. Returns the exit code. Raises ConfigError, and what loading raises."""
     config = server_config(arguments)
-    for remark in (*(arguments.told or ()), *_shown_password(arguments.store_url)):
-        print(f"harmonium: {remark}", file=sys.stderr)
+    print_remarks(arguments)
     source = _source(arguments)
     store = open_store(config)
     listener = listen(config.host, config.port)
@@ -58,6 +57,12 @@ def serve(arguments: argparse.Namespace, engine_config: EngineConfig) -> int:
     if has_stuck_threads():
         os._exit(code)  # a database hangs, and nobody waits for it any more
     return code
+
+
+def print_remarks(arguments: argparse.Namespace) -> None:
+    """What the user should know of the options: those without effect here, a password that others may see."""
+    for remark in (*(arguments.told or ()), *_shown_password(arguments.store_url)):
+        print(f"harmonium: {remark}", file=sys.stderr)
 
 
 def server_config(arguments: argparse.Namespace) -> ServerConfig:
@@ -144,6 +149,16 @@ def _uvicorn_config(state: ServerState, responses: Responses) -> uvicorn.Config:
     )
 
 
+async def wait_until_empty(state: ServerState) -> None:
+    """Return when no answer runs any more, or the time that they have is over."""
+    seconds = state.config.drain_seconds
+    if state.num_held:
+        _log.info("draining: %d answers may end within %g s", state.num_held, seconds)
+    end = asyncio.get_running_loop().time() + seconds
+    while state.num_held and asyncio.get_running_loop().time() < end:
+        await asyncio.sleep(0.05)
+
+
 class DrainingServer(uvicorn.Server):
     """uvicorn, whose first signal drains before it stops and whose second ends the process."""
 
@@ -172,12 +187,7 @@ class DrainingServer(uvicorn.Server):
         self._drain = asyncio.get_running_loop().create_task(self._stop_when_empty())
 
     async def _stop_when_empty(self) -> None:
-        seconds = self.state.config.drain_seconds
-        if self.state.num_held:
-            _log.info("draining: %d answers may end within %g s", self.state.num_held, seconds)
-        end = asyncio.get_running_loop().time() + seconds
-        while self.state.num_held and asyncio.get_running_loop().time() < end:
-            await asyncio.sleep(0.05)
+        await wait_until_empty(self.state)
         if self.state.num_held and self.state.loaded_engine is not None:
             _log.warning("%d answers are cut off", self.state.num_held)
             await self.state.loaded_engine.close()  # they end with an error event
@@ -255,11 +265,19 @@ async def _make_engine(
         return await asyncio.to_thread(
             scripted_engine, source, context_length=config.context_length or 131_072
         )
+    return await load_model(state, source, config)
+
+
+async def load_model(state: ServerState, model: str, config: EngineConfig) -> Engine:
+    """The native engine over the model of this word; the state hears how far loading is.
+
+    Raises what finding and loading raise.
+    """
     # Here: a script needs no native kernels.
     from harmonium.engine.create import create_engine
     from harmonium.loading import find_model, model_name, progress_bar
 
-    path = await asyncio.to_thread(find_model, source)  # a download may take an hour
+    path = await asyncio.to_thread(find_model, model)  # a download may take an hour
     _check_adapter_names(config, state.config.model_names or (model_name(path),))
     with progress_bar(f"loading {path.name}") as bar:
 
