@@ -144,7 +144,8 @@ Next place_of_tile(const Weight& weight, std::int64_t expert, std::int64_t first
       return {weight.data + at * packed_bytes(num_blocks), packed_bytes(num_blocks)};
     }
     case Weight::Kind::mxfp4: {
-      const std::int64_t rows = weight.place ? weight.place[kPlaceStride * expert] : expert * weight.num_outputs * num_blocks * 16;
+      const std::int64_t rows = weight.place ? weight.place[kPlaceStride * expert]
+                                             : expert * weight.num_outputs * num_blocks * 16;
       return {weight.data + rows + first * num_blocks * 16, num_rows * num_blocks * 16};
     }
     default:

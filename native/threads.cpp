@@ -20,7 +20,8 @@ namespace harmonium {
 
 namespace {
 
-// A worker spins this many pauses (about 50 microseconds: the gap between two kernels of a step) before it sleeps.
+// A worker spins this many pauses (about half a millisecond, longer than what lies between two kernels of a step)
+// before it sleeps: to wake one takes as long as a small kernel.
 constexpr int kSpins = 20000;
 constexpr int kSlots = 8;
 constexpr std::int64_t kHugePage = 2 << 20;
