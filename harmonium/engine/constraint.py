@@ -41,8 +41,14 @@ class ConstraintState(Protocol):
 
 
 class Constraint(Protocol):
-    """What an answer has to keep to, for any number of answers."""
+    """What an answer has to keep to, for any number of answers.
+
+    One that engines in other processes may get can be pickled.
+    """
 
     def start(self) -> ConstraintState:
-        """The state before the first token of an answer."""
+        """The state before the first token of an answer.
+
+        The first call behind unpickling may take seconds: not for an event loop or an engine's thread.
+        """
         ...

@@ -37,7 +37,11 @@ class Request:
     cached prefixes only with the same salt. constraint: which tokens may come; None: any. Tokens that it
     forces are appended without sampling (log-probability 0: there was no other), and the answer ends with
     "stop" when it is complete. adapter: the LoRA adapter to compute with, by its name; None: the model as it
-    is.
+    is. answer_token_ids: the beginning of an answer that was cut off elsewhere. It goes on behind them as if
+    nothing had happened (they count for max_tokens, penalties, draws and the constraint), and its events
+    tell the tokens after them. With a seed, or greedy, those are the ones that would have come.
+
+    A request can be pickled where its constraint can (for engines in other processes).
     """
 
     request_id: str
@@ -47,6 +51,7 @@ class Request:
     cache_salt: str = ""
     constraint: Constraint | None = None
     adapter: str | None = None
+    answer_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from harmonium.engine.admission import check_request
+from harmonium.engine.admission import check_request, refuse_begun_answer
 from harmonium.engine.balance import Balancer
 from harmonium.engine.guided import Answer, GuidedAnswer
 from harmonium.engine.protocol import EngineInfo, Request, Token, TokenEvent
@@ -80,6 +80,7 @@ class RemoteEngine:
         Raises PromptTooLong, RequestError; UpstreamUnavailable while no upstream is up; EngineClosed.
         """
         check_request(request, self._info)
+        refuse_begun_answer(request, "vLLM")
         if self._is_closed:
             raise EngineClosed("the engine is closed")
         if not any(upstream.is_up for upstream in self._upstreams):

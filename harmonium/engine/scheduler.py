@@ -212,7 +212,7 @@ class Scheduler:
         self.num_prefix_hits += lease.num_computed > 0
         self.num_cached_tokens += lease.num_computed
         if sequence.num_cached_tokens is None:
-            sequence.num_cached_tokens = lease.num_computed
+            sequence.num_cached_tokens = min(lease.num_computed, sequence.num_prompt)
             sequence.began = time.monotonic()
         self.running.append(self.waiting.popleft())
         return Chunk(sequence, num_tokens), num_tokens < wanted

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from harmonium.engine.admission import check_request
+from harmonium.engine.admission import check_request, refuse_begun_answer
 from harmonium.engine.protocol import EngineInfo, FinishReason, Request, Token, TokenEvent
 from harmonium.errors import ConfigError, EngineBusy, EngineClosed
 from harmonium.model.batch import SamplingParams
@@ -87,6 +87,7 @@ class ScriptedEngine:
     def admit(self, request: Request) -> None:
         """Raises PromptTooLong, RequestError, EngineBusy, EngineClosed."""
         check_request(request, self._info)
+        refuse_begun_answer(request, "a script")
         if self._closing.is_set():
             raise EngineClosed("the engine is closed")
         if self._max_running is not None and self._running >= self._max_running:

@@ -139,6 +139,8 @@ class Sequence:
         self._masks: list[npt.NDArray[np.uint32]] = []
         self.drafts = DraftBudget()
         self.error: Exception | None = None
+        for token_id in request.answer_token_ids:
+            self.append(token_id)
 
     @property
     def token_ids(self) -> npt.NDArray[np.int32]:
@@ -156,13 +158,14 @@ class Sequence:
         return self.num_tokens - self.num_computed
 
     def begin(self) -> Advance:
-        """Start the constraint: the tokens that it forces at the very beginning."""
+        """Start the constraint: the tokens that it forces at the beginning, or behind a begun answer."""
         if self.request.constraint is None:
             return Advance()
         tokens: list[SampledToken] = []
         try:
             self._constraint = self.request.constraint.start()
-            reason = self._append_forced(self._constraint, tokens)
+            forced = _replay(self._constraint, self.request.answer_token_ids)
+            reason = self._append_forced(self._constraint, tokens, forced)
         except Exception as error:
             self.error, reason = error, "error"
         return Advance(tuple(tokens), reason, len(tokens))
@@ -221,14 +224,19 @@ class Sequence:
             return None
         return draft
 
-    def _append_forced(self, state: ConstraintState, tokens: list[SampledToken]) -> FinishReason | None:
-        """Append what must come, and list it in `tokens`; why the sequence ends with it, or None."""
+    def _append_forced(
+        self, state: ConstraintState, tokens: list[SampledToken], forced: Sequence_[int] = ()
+    ) -> FinishReason | None:
+        """Append what must come, and list it in `tokens`; why the sequence ends with it, or None.
+
+        forced: what is known to come first.
+        """
         wanted = self.request.sampling.logprobs
         while not state.is_complete:
-            forced = state.forced_tokens()
-            if not forced:
+            following, forced = forced or state.forced_tokens(), ()
+            if not following:
                 return None
-            for token_id in forced:
+            for token_id in following:
                 reason = self.append(token_id)
                 logprob = None if wanted is None else 0.0
                 tokens.append(SampledToken(token_id, logprob, ((token_id, 0.0),) if wanted else ()))
@@ -265,6 +273,26 @@ class Sequence:
             answer_counts=counts.counts if counts is not None else None,
             allowed_mask=self._masks[len(draft)] if self._masks else None,
         )
+
+
+def _replay(state: ConstraintState, answer: Sequence_[int]) -> Sequence_[int]:
+    """Tell a fresh state the tokens of a begun answer; those that must come next.
+
+    It is asked what it forces at the same places as when they came first: asked in the midst of what it
+    forced, it might see a choice.
+    """
+    place = 0
+    while not state.is_complete:
+        forced = state.forced_tokens()
+        told = answer[place : place + max(1, len(forced))]
+        for token_id in told:
+            state.advance(token_id)
+        place += len(told)
+        if not told or len(told) < len(forced):
+            return forced[len(told) :]
+    for token_id in answer[place:]:
+        state.advance(token_id)  # raises: nothing follows a complete answer
+    return ()
 
 
 def _has_penalty(params: SamplingParams) -> bool:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from harmonium.errors import RequestError
 from harmonium.harmony.grammar_compile import GrammarLimits, GrammarWarning, compile_texts
@@ -74,15 +74,21 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+Origin = tuple[TurnRules, tuple[Tool, ...], tuple[ToolNamespace, ...], "GrammarLimits | None"]
+"""The arguments of `compile_turn`."""
+
+
 @dataclass(frozen=True, slots=True)
 class CompiledTurn:
     """A turn's grammar, for any number of turns at once. warnings: what it does not enforce.
 
     stop_token_ids: the tokens after which nothing may follow; with several calls <|call|> is none of them.
+    origin: what it was compiled from, which is all that a pickle holds; unpickled it is a `PackedTurn`.
     """
 
     course: Course
-    warnings: tuple[GrammarWarning, ...] = ()
+    warnings: tuple[GrammarWarning, ...]
+    origin: Origin
 
     @property
     def stop_token_ids(self) -> frozenset[int]:
@@ -91,6 +97,26 @@ class CompiledTurn:
     def start(self) -> TurnState:
         """The beginning of a turn."""
         return TurnState(self.course)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PackedTurn, (self.origin,)
+
+
+class PackedTurn:
+    """A turn that was compiled in another process, and is compiled here when its first state is started."""
+
+    def __init__(self, origin: Origin) -> None:
+        self.origin = origin
+        self._turn: CompiledTurn | None = None
+
+    def start(self) -> TurnState:
+        """The beginning of a turn. The first call blocks, and raises, as `compile_turn` does."""
+        if self._turn is None:
+            self._turn = compile_turn(*self.origin)
+        return self._turn.start()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PackedTurn, (self.origin,)
 
 
 def compile_turn(
@@ -127,6 +153,7 @@ def compile_turn(
             other_authors=_first_tokens(called),
         ),
         tuple(warning for warning in warnings if warning is not None),
+        (rules, functions, namespaces, limits),
     )
 
 

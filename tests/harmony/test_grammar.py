@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+import random
 
 import pytest
 
@@ -16,10 +18,10 @@ from harmonium.harmony import (
     parse,
     vocabulary,
 )
-from harmonium.harmony.grammar import MAX_CALLS, TurnRules, compile_turn
+from harmonium.harmony.grammar import MAX_CALLS, PackedTurn, TurnRules, compile_turn
 from harmonium.harmony.grammar_text import JSON_OBJECT, TextFormat
 from tests.harmony.followed_turns import NOW, TOOLS, follow, refuses, tokens_of
-from tests.harmony.random_turns import ids_of
+from tests.harmony.random_turns import ids_of, walk
 
 ANALYSIS = "<|channel|>analysis<|message|>Thinking.<|end|><|start|>assistant"
 
@@ -268,3 +270,34 @@ def test_long_source_file_is_a_legal_argument() -> None:
     for token_id in [*ids, *vocabulary().encode(text), CALL]:
         state.advance(token_id)
     assert state.is_complete and len(source) > 18_000
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        TurnRules(),
+        TurnRules(tool_choice="required", max_calls=3, max_reasoning_tokens=20),
+        TurnRules(answer=JSON_OBJECT, tool_choice="none"),
+        TurnRules(inputs={"now": TextFormat("regex", "[a-z]{2,9}")}, allowed_tools=("now", "python")),
+    ],
+)
+def test_a_pickled_turn_has_the_same_masks(rules: TurnRules) -> None:
+    turn = compile_turn(rules, TOOLS, (BROWSER, PYTHON))
+    tokens = walk(turn.start(), random.Random(7), soft_limit=40)
+    packed = pickle.loads(pickle.dumps(turn))
+    for again in (packed, pickle.loads(pickle.dumps(packed))):
+        first, second = turn.start(), again.start()
+        for token_id in tokens:
+            assert (first.mask() == second.mask()).all()
+            assert first.forced_tokens() == second.forced_tokens()
+            first.advance(token_id)
+            second.advance(token_id)
+        assert second.is_complete is first.is_complete
+
+
+def test_a_pickled_turn_that_cannot_be_compiled_says_so_at_its_start() -> None:
+    turn = compile_turn(TurnRules(answer=JSON_OBJECT))
+    packed = PackedTurn((TurnRules(answer=TextFormat("regex", "a{99999}")), (), (), None))
+    assert pickle.loads(pickle.dumps(turn)).start().num_tokens == 0
+    with pytest.raises(RequestError, match="cannot be enforced"):
+        pickle.loads(pickle.dumps(packed)).start()
