@@ -24,6 +24,11 @@ struct Format<std::int32_t> {
   static constexpr const char* name = "int32";
 };
 template <>
+struct Format<std::uint32_t> {
+  static constexpr char code = 'I';
+  static constexpr const char* name = "uint32";
+};
+template <>
 struct Format<std::int64_t> {
   static constexpr char code = sizeof(long) == 8 ? 'l' : 'q';
   static constexpr const char* name = "int64";

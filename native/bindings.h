@@ -25,10 +25,11 @@ inline void require(bool ok, const std::string& message) {
 }
 
 // Raised, with INTERFACE of harmonium/kernels/interface.py, whenever a bound function's arguments change.
-constexpr int kInterface = 2;
+constexpr int kInterface = 3;
 
 void bind_threads(nb::module_& m);
 void bind_matmul(nb::module_& m);
+void bind_split(nb::module_& m);
 void bind_moe(nb::module_& m);
 void bind_ops(nb::module_& m);
 void bind_sampling(nb::module_& m);

@@ -16,8 +16,6 @@ namespace {
 
 constexpr std::int64_t kHugePage = 2 << 20;
 
-enum Slot { kDecoded = 0, kTile = 1, kOrdered = 7 };
-
 // The tables of the instruction set in use.
 #if defined(__x86_64__)
 template <typename Table>
@@ -25,11 +23,9 @@ const Table& choose(const Table& scalar, const Table& avx2, const Table& avx512)
   if (current_isa() == Isa::avx512) return avx512;
   return current_isa() == Isa::avx2 ? avx2 : scalar;
 }
-const Int8Table& int8_table() { return choose(kScalarInt8, kAvx2Int8, kAvx512Int8); }
 const PackedTable& packed_table() { return choose(kScalarPacked, kAvx2Packed, kAvx512Packed); }
 const Bf16Table& bf16_table() { return choose(kScalarBf16, kAvx2Bf16, kAvx512Bf16); }
 #else
-const Int8Table& int8_table() { return kScalarInt8; }
 const PackedTable& packed_table() { return kScalarPacked; }
 const Bf16Table& bf16_table() { return kScalarBf16; }
 #endif
@@ -42,6 +38,8 @@ std::int64_t row_bytes_of(Activations activations, std::int64_t num_inputs) {
 void prepare_row(const Weight& weight, Activations kind, const float* x, std::uint8_t* row) {
   if (kind == Activations::bf16) {
     bf16_table().round_row(x, weight.num_inputs, reinterpret_cast<std::uint16_t*>(row));
+  } else if (weight.kind == Weight::Kind::split) {
+    quantize_split_row(x, weight.num_inputs, row);
   } else if (weight.kind == Weight::Kind::mxfp4 || weight.kind == Weight::Kind::packed ||
              weight.kind == Weight::Kind::ggml) {
     int8_table().quantize_row(x, weight.num_inputs, kMxfp4Offset, 0.5f, row);
@@ -88,8 +86,12 @@ float* packed_product(const Weight& weight, std::int64_t expert, std::int64_t fi
 
 #if defined(__x86_64__)
 const TileTable& tile_table() { return choose(kScalarTile, kAvx2Tile, kAvx512Tile); }
+const Int8Table& int8_table() { return choose(kScalarInt8, kAvx2Int8, kAvx512Int8); }
+const SplitTable& split_table() { return choose(kScalarSplit, kAvx2Split, kAvx512Split); }
 #else
 const TileTable& tile_table() { return kScalarTile; }
+const Int8Table& int8_table() { return kScalarInt8; }
+const SplitTable& split_table() { return kScalarSplit; }
 #endif
 
 std::uint8_t* Arena::take(std::int64_t bytes) {
@@ -139,6 +141,9 @@ Next place_of_tile(const Weight& weight, std::int64_t expert, std::int64_t first
     case Weight::Kind::panels:
       return {weight.data + first / kPanelRows * panel_bytes(num_blocks),
               ceil_div(num_rows, kPanelRows) * panel_bytes(num_blocks)};
+    case Weight::Kind::split:
+      return {weight.data + first / kPanelRows * split_high_bytes(num_blocks),
+              ceil_div(num_rows, kPanelRows) * split_high_bytes(num_blocks)};
     case Weight::Kind::packed: {
       const std::int64_t at = expert * ceil_div(weight.num_outputs, kTileRows) + first / kTileRows;
       return {weight.data + at * packed_bytes(num_blocks), packed_bytes(num_blocks)};
@@ -165,6 +170,12 @@ float* product(const Weight& weight, std::int64_t expert, std::int64_t first, in
   if (weight.kind == Weight::Kind::panels) {
     const std::uint8_t* panels = weight.data + first / kPanelRows * panel_bytes(num_blocks);
     int8.panel_product(panels, num_panels, num_blocks, kInt8Offset, x.data, x.row_bytes, token, num_tokens, next, tile);
+    return tile;
+  }
+  if (weight.kind == Weight::Kind::split) {
+    auto* decoded = static_cast<std::uint8_t*>(thread_scratch(thread, kDecoded, decoded_bytes(weight, x.kind)));
+    if (!decoded) return nullptr;
+    split_product(weight, first, num_panels, x, token, num_tokens, decoded, next, tile);
     return tile;
   }
   if (weight.kind == Weight::Kind::bf16_rows) {
@@ -254,7 +265,7 @@ void quantize_weight(const std::uint16_t* weight, std::int64_t num_outputs, std:
   parallel(ceil_div(num_outputs, kPanelRows), [&](std::int64_t task, int) {
     const std::int64_t first = task * kPanelRows;
     const int num_rows = static_cast<int>(std::min<std::int64_t>(kPanelRows, num_outputs - first));
-    table.quantize_panel(weight + first * num_inputs, num_rows, num_inputs,
+    table.quantize_panel(weight + first * num_inputs, num_rows, num_inputs, 127.0f,
                          panels + task * panel_bytes(num_inputs / kBlock));
   });
 }

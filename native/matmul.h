@@ -20,6 +20,11 @@ constexpr int kTileTokens = 6;         // tokens that the widest kernel multipli
 constexpr int kFewTokens = 8;          // so many and fewer are bound by memory rather than by arithmetic
 constexpr int kMxfp4Offset = 12;       // added to doubled e2m1 values (-12..12) so that they are unsigned
 constexpr int kInt8Offset = 128;       // added to int8 weights for the same reason
+constexpr int kSplitOffset = 120;      // and to those of a split weight, which are -119..119, beside their dither
+constexpr int kSplitMost = 119;
+constexpr int kSplitPairBytes = 576;   // high halves of a split panel for two blocks, with the scales
+constexpr int kSplitLowBytes = 256;    // low halves for one block
+constexpr int kScreenRows = 4;         // rows of logits that are screened in one pass
 
 // Internal linkage: an inline function with external linkage, compiled once with AVX-512 and once without, is one
 // function to the linker, and the wrong copy may win.
@@ -56,7 +61,16 @@ static inline std::int64_t packed_bytes(std::int64_t num_blocks) {
   return packed_scale_bytes(num_blocks) + num_blocks * kPackedBlockBytes;
 }
 
-// What an instruction set provides: four tables, each filled by a file of its own. A "tile" is float32
+// A split panel: the same 16 outputs by all inputs, each weight's byte v = q + 120 + d in two halves of four bits, so
+// that the high halves alone can be read. d, 0 to 15, is the dither of the weight's input (native/split.cpp).
+//   high  [pairs of blocks][2 blocks][4][16 rows][4] uint8, then the pair's scales [2][16 rows] bf16: part g holds
+//         elements 8g, 8g + 2, 8g + 4, 8g + 6 of the block in the low bits, those behind them in the high bits
+//   low   [blocks][4][16 rows][4] uint8, the same
+// A weight is the high parts of all its panels, then the low parts of all.
+static inline std::int64_t split_high_bytes(std::int64_t num_blocks) { return (num_blocks + 1) / 2 * kSplitPairBytes; }
+static inline std::int64_t split_low_bytes(std::int64_t num_blocks) { return num_blocks * kSplitLowBytes; }
+
+// What an instruction set provides: five tables, each filled by a file of its own. A "tile" is float32
 // [num_tokens][kTileRows]; x is activations with a row every row_bytes, token[i] the row that token i of the tile
 // takes. Columns of a tile beyond num_rows hold anything. Nothing here allocates, fails or prints.
 struct Next {
@@ -69,8 +83,9 @@ struct Int8Table {
   int panel_tokens;
   // One row of activations to int8; `factor` is multiplied into the scales.
   void (*quantize_row)(const float* x, std::int64_t num_inputs, int offset, float factor, std::uint8_t* row);
-  // bf16 weights [num_rows <= 16][num_inputs] to one panel; missing rows become zeros.
-  void (*quantize_panel)(const std::uint16_t* weight, int num_rows, std::int64_t num_inputs, std::uint8_t* panel);
+  // bf16 weights [num_rows <= 16][num_inputs] to one panel of -most_q..most_q; missing rows become zeros.
+  void (*quantize_panel)(const std::uint16_t* weight, int num_rows, std::int64_t num_inputs, float most_q,
+                         std::uint8_t* panel);
   // MXFP4 rows (num_rows <= 32) to one or two panels; rows that are missing hold anything finite or not.
   void (*mxfp4_to_panels)(const std::uint8_t* blocks, const std::uint8_t* scales, int num_rows, std::int64_t num_blocks,
                           std::uint8_t* panels);
@@ -91,6 +106,29 @@ struct PackedTable {
   // Products with a packed tile, int8 activations: for few tokens. The same bits as the other products.
   void (*product)(const std::uint8_t* packed, std::int64_t num_blocks, const std::uint8_t* x, std::int64_t row_bytes,
                   const std::int32_t* token, int num_tokens, float* tile);
+};
+
+// What is known of logits from high halves alone, for one row of activations.
+struct Estimate {
+  float value[kPanelRows];     // the middle of what the low halves leave open
+  float variance[kPanelRows];  // of the rest, over the dither, times a constant of the driver's
+};
+
+struct SplitTable {
+  // A panel of -119..119 to the halves of a split one. dither: a byte for each input.
+  void (*split_panel)(const std::uint8_t* panel, std::int64_t num_blocks, const std::uint8_t* dither,
+                      std::uint8_t* high, std::uint8_t* low);
+  // The halves to a panel, whose weights carry offset and dither; null where `product` is not.
+  void (*join)(const std::uint8_t* high, const std::uint8_t* low, std::int64_t num_blocks, std::uint8_t* panel);
+  // Products with one or two split panels; null: join, then panel_product. next: the high halves of what will be read after
+  // them.
+  void (*product)(const std::uint8_t* high, const std::uint8_t* low, int num_panels, std::int64_t num_blocks,
+                  const std::uint8_t* x, std::int64_t row_bytes, const std::int32_t* token, int num_tokens,
+                  Next next, float* tile);
+  // Estimates for rows 0..num_rows - 1 of x (at most kScreenRows). center, square [num_rows][num_blocks]: of the
+  // block's activations, as the driver makes them.
+  void (*estimate)(const std::uint8_t* high, std::int64_t num_blocks, const std::uint8_t* x, std::int64_t row_bytes,
+                   const float* center, const float* square, int num_rows, Estimate* estimate);
 };
 
 struct Bf16Table {
@@ -123,15 +161,18 @@ struct TileTable {
 
 extern const Int8Table kScalarInt8;
 extern const PackedTable kScalarPacked;
+extern const SplitTable kScalarSplit;
 extern const Bf16Table kScalarBf16;
 extern const TileTable kScalarTile;
 #if defined(__x86_64__)
 extern const Int8Table kAvx2Int8;
 extern const PackedTable kAvx2Packed;
+extern const SplitTable kAvx2Split;
 extern const Bf16Table kAvx2Bf16;
 extern const TileTable kAvx2Tile;
 extern const Int8Table kAvx512Int8;
 extern const PackedTable kAvx512Packed;
+extern const SplitTable kAvx512Split;
 extern const Bf16Table kAvx512Bf16;
 extern const TileTable kAvx512Tile;
 #endif
@@ -140,7 +181,7 @@ enum class Activations : int { int8 = 0, bf16 = 1 };
 
 // A weight of num_outputs by num_inputs, or num_experts of them one after another.
 struct Weight {
-  enum class Kind { panels, mxfp4, packed, ggml, bf16_rows, bf16_columns } kind;
+  enum class Kind { panels, split, mxfp4, packed, ggml, bf16_rows, bf16_columns } kind;
   const std::uint8_t* data;
   const std::uint8_t* scales;  // mxfp4 only
   const std::uint16_t* bias;   // null: none
@@ -167,6 +208,9 @@ void quantize_weight(const std::uint16_t* weight, std::int64_t num_outputs, std:
 // MXFP4 rows [num_outputs] to packed tiles, on the caller's thread alone.
 void pack_mxfp4(const std::uint8_t* blocks, const std::uint8_t* scales, std::int64_t num_outputs,
                 std::int64_t num_blocks, std::uint8_t* packed);
+// The same to a split weight, whose values are -119..119.
+void quantize_split(const std::uint16_t* weight, std::int64_t num_outputs, std::int64_t num_inputs,
+                    std::uint8_t* split);
 void linear(const float* x, std::int64_t num_tokens, const Weight& weight, Activations activations, bool add,
             float* out);
 // adapters: null, or what LoRA adapters add to the products of some tokens.
@@ -178,6 +222,16 @@ void moe_parts(const float* x, std::int64_t num_tokens, const std::int32_t* expe
                int num_active, const Experts& experts, const ExpertAdapters* adapters, Activations activations,
                float* parts);
 void add_moe_parts(const float* parts, std::int64_t num_tokens, int num_active, std::int64_t hidden, float* out);
+
+// What a row of logits is for. keep: so many of the greatest must be there, at least 1; 0: all that are allowed.
+// allowed: null, or a bit for each output.
+struct ScreenRow {
+  std::int64_t keep;
+  const std::uint32_t* allowed;
+};
+// Products of at most kScreenRows rows of x with a split weight, as far as they are asked for: out is what `linear`
+// gives, to the bit, or minus infinity. Returns the number of panels whose low halves were read.
+std::int64_t screen(const float* x, std::int64_t num_rows, const Weight& weight, const ScreenRow* rows, float* out);
 
 // Bytes of shared scratch that a call takes (kept for the next one) and bytes that each thread takes.
 std::int64_t linear_scratch_bytes(std::int64_t num_tokens, std::int64_t num_inputs);

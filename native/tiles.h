@@ -19,9 +19,6 @@ constexpr std::int64_t kMaxTileTokens = 22 * kTileTokens;  // of a task: a decod
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 inline std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
 
-// The table of the instruction set in use.
-const TileTable& tile_table();
-
 // One buffer for what the threads of a call share. It grows and stays; a call holds the lock from take to its end.
 struct Arena {
   std::mutex mutex;
@@ -38,6 +35,21 @@ struct Rows {
   std::int64_t row_bytes;
   Activations kind;
 };
+
+// A thread's scratch in these products.
+enum Slot { kDecoded = 0, kTile = 1, kOrdered = 7 };
+
+// The tables of the instruction set in use.
+const TileTable& tile_table();
+const Int8Table& int8_table();
+const SplitTable& split_table();
+
+// One row of int8 activations for a split weight: its offset is 120 and the dither of the input.
+void quantize_split_row(const float* x, std::int64_t num_inputs, std::uint8_t* row);
+// Products of num_panels split panels, from output `first` on, with rows token[0..num_tokens) of x. `decoded`: room
+// for two panels.
+void split_product(const Weight& weight, std::int64_t first, int num_panels, const Rows& x, const std::int32_t* token,
+                   int num_tokens, std::uint8_t* decoded, Next next, float* tile);
 
 // Rows of x in the order of `row` (null: as they come), for products with this weight.
 Rows prepare(const Weight& weight, Activations kind, const float* x, const std::int32_t* row, std::int64_t num_rows,

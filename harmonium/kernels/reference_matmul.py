@@ -93,15 +93,16 @@ def quantize_activations(x_TK: F32) -> tuple[Int8, F32]:
     return q.reshape(x_TK.shape), scale
 
 
-def quantize_weight(weight_NK: Bf16) -> tuple[Int8, F32]:
-    """Return q [N, K] int8 in -127..127 and scale [N, K/32] float32 that bf16 holds exactly.
+def quantize_weight(weight_NK: Bf16, most: int = 127) -> tuple[Int8, F32]:
+    """Return q [N, K] int8 in -most..most and scale [N, K/32] float32 that bf16 holds exactly.
 
-    scale is the block's largest magnitude / 127 rounded up to bf16; NaN where the block is not finite (q 0).
+    most: 119 for the unembedding, whose bytes have room for dither. scale is the block's largest magnitude
+    / most rounded up to bf16; NaN where the block is not finite (q 0).
     """
     block = _from_bf16(weight_NK).reshape(weight_NK.shape[0], -1, _BLOCK)
     is_finite = np.isfinite(block).all(axis=-1)
     finite = np.where(np.expand_dims(is_finite, -1), block, np.float32(0))
-    exact = np.abs(finite).max(axis=-1) / np.float32(127)
+    exact = np.abs(finite).max(axis=-1) / np.float32(most)
     bits = np.ascontiguousarray(exact).view(np.uint32)
     scale = ((bits + np.uint32(0xFFFF)) >> np.uint32(16) << np.uint32(16)).view(np.float32)
     q = np.rint(finite / np.where(scale > 0, scale, np.float32(1))[..., None]).astype(np.int8)

@@ -11,6 +11,7 @@ from harmonium.config import CACHE_BLOCK_TOKENS, EngineConfig, KvCache, Weights
 from harmonium.errors import ConfigError, MemoryPlanError
 from harmonium.kernels import attention_scratch_bytes, matmul_scratch_bytes, packed_shape
 from harmonium.kernels.sampling import sampling_scratch_bytes
+from harmonium.kernels.unembedding import split_bytes
 from harmonium.model.costs import cached_row_bytes
 from harmonium.model.streaming_memory import (
     STREAMED_BATCH_TOKENS,
@@ -161,7 +162,8 @@ def dense_bytes(config: ModelConfig, weights: Weights) -> int:
     layer = matrix(fused, D) + matrix(D, HK)
     small = fused + D + config.num_heads + 2 * D + config.num_experts * (D + 1)
     small += config.num_experts * (2 * config.expert_size + D)
-    return config.num_layers * (layer + 2 * small) + matrix(config.vocabulary_size, D) + 2 * D
+    head = split_bytes if weights == "int8" else _bf16_bytes
+    return config.num_layers * (layer + 2 * small) + head(config.vocabulary_size, D) + 2 * D
 
 
 def int8_weight_bytes(num_outputs: int, num_inputs: int) -> int:

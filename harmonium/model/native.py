@@ -352,7 +352,7 @@ class NativeRunner:
         for start in range(0, num_rows, len(scratch.logits_RV)):
             rows = slice(start, min(start + len(scratch.logits_RV), num_rows))
             logits_RV = scratch.logits_RV[: rows.stop - rows.start]
-            weights.unembedding(normed_RD[rows], logits_RV)
+            weights.unembedding.sampled_logits(normed_RD[rows], batch.sampling[rows], logits_RV)
             tokens += sample_rows(logits_RV, batch.sampling[rows])
         return StepResult(tuple(tokens))
 

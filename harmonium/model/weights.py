@@ -31,11 +31,13 @@ from harmonium.kernels.matmul import (
     quantize_weight,
 )
 from harmonium.kernels.ops import gather_rows
+from harmonium.kernels.unembedding import quantize_unembedding
 from harmonium.model import gguf_weights
 from harmonium.model.gguf_weights import GgufExperts, gather_q8
 from harmonium.model.pages import bring_in
 from harmonium.model.reference import TensorSource
 from harmonium.model.streamed_experts import ExpertStream, StreamedExperts
+from harmonium.model.unembedding import Unembedding
 
 FloatArray = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -223,7 +225,7 @@ class ModelWeights:
     embedding_VD: npt.NDArray[Any]
     layers: tuple[LayerWeights, ...]
     norm_D: Bits
-    unembedding: Linear
+    unembedding: Unembedding
 
     def embed(self, token_id_T: npt.NDArray[np.int32], out_TD: FloatArray) -> None:
         """Write the rows of tokens to out."""
@@ -265,7 +267,7 @@ def load_weights(
     done, layer_bytes = 2 * config.vocabulary_size * config.hidden_size, _dense_bytes(config)
     total = done + config.num_layers * layer_bytes
     # First, so that its pages are gone again before the experts come: the peak is then what stays.
-    head = _linear(source, [UNEMBEDDING], None, weights)
+    head = _unembedding(source, weights)
     if weights == "int8":
         source.advise(UNEMBEDDING, "dontneed")
     layers = []
@@ -293,6 +295,15 @@ def _matrix(source: MappedSource, name: str) -> Bits:
     if isinstance(source, GgufCheckpoint):
         return gguf_weights.matrix(source, name)
     return source.tensor(name)
+
+
+def _unembedding(source: MappedSource, weights: Weights) -> Unembedding:
+    if weights == "int8" and isinstance(source, GgufCheckpoint):
+        panels = gguf_weights.int8_matrix(source, [UNEMBEDDING])
+        if panels is not None:
+            return Unembedding(panels)
+    matrix = _matrix(source, UNEMBEDDING)
+    return Unembedding(quantize_unembedding(matrix) if weights == "int8" else matrix)
 
 
 def _linear(source: MappedSource, names: Sequence[str], bias_N: Bits | None, weights: Weights) -> Linear:

@@ -59,7 +59,7 @@ void quantize_row(const float* x, int64_t num_inputs, int offset, float factor, 
   }
 }
 
-void quantize_panel(const uint16_t* weight, int num_rows, int64_t num_inputs, uint8_t* panel) {
+void quantize_panel(const uint16_t* weight, int num_rows, int64_t num_inputs, float most_q, uint8_t* panel) {
   const int64_t num_blocks = num_inputs / kBlock;
   auto* scales = reinterpret_cast<uint16_t*>(panel + num_blocks * kPanelBlockBytes);
   memset(scales, 0, panel_bytes(num_blocks) - num_blocks * kPanelBlockBytes);
@@ -73,8 +73,8 @@ void quantize_panel(const uint16_t* weight, int num_rows, int64_t num_inputs, ui
         most4 = _mm256_max_epu32(most4, _mm256_slli_epi32(_mm256_castps_si256(v[i]), 1));
       }
       const uint32_t most = reduce_max(most4) >> 1;
-      // Rounded up to bf16, so that no quotient passes 127.
-      const uint32_t up = most >= 0x7f800000u ? 0x7fc0u : (to_bits(from_bits(most) / 127.0f) + 0xffffu) >> 16;
+      // Rounded up to bf16, so that no quotient passes most_q.
+      const uint32_t up = most >= 0x7f800000u ? 0x7fc0u : (to_bits(from_bits(most) / most_q) + 0xffffu) >> 16;
       scales[b * kPanelRows + r] = static_cast<uint16_t>(up);
       const bool none = most == 0 || most >= 0x7f800000u;
       const __m256 scale = _mm256_set1_ps(none ? 1.0f : from_bits(up << 16));

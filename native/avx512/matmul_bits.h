@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "matmul.h"
+
 namespace harmonium {
 
 namespace {
@@ -57,6 +59,23 @@ inline __m512 finish_e8m0(__m512i shifted) {
   // Four bits for each class of number: class 5, plus infinity, becomes 3, the default NaN; the rest stay (0).
   return _mm512_fixupimm_ps(value, value, _mm512_set1_epi32(3 << 20), 0);
 }
+
+// Memory that comes into L2 evenly over the steps of a loop.
+struct Ahead {
+  const char* at;
+  const char* end;
+  int64_t rest = 0;    // of a line, in 1/1024
+  int64_t step;  // lines a block, in 1/1024
+
+  Ahead(Next next, int64_t num_steps)
+      : at(reinterpret_cast<const char*>(next.data)),
+        end(at + next.bytes),
+        step((next.bytes / 64 * 1024 + num_steps - 1) / num_steps) {}
+
+  inline __attribute__((always_inline)) void go_on() {
+    for (rest += step; rest >= 1024 && at < end; rest -= 1024, at += 64) _mm_prefetch(at, _MM_HINT_T1);
+  }
+};
 
 }  // namespace
 

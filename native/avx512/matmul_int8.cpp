@@ -44,7 +44,7 @@ void quantize_row(const float* x, int64_t num_inputs, int offset, float factor, 
   }
 }
 
-void quantize_panel(const uint16_t* weight, int num_rows, int64_t num_inputs, uint8_t* panel) {
+void quantize_panel(const uint16_t* weight, int num_rows, int64_t num_inputs, float most_q, uint8_t* panel) {
   const int64_t num_blocks = num_inputs / kBlock;
   auto* scales = reinterpret_cast<uint16_t*>(panel + num_blocks * kPanelBlockBytes);
   memset(scales, 0, panel_bytes(num_blocks) - num_blocks * kPanelBlockBytes);
@@ -57,8 +57,8 @@ void quantize_panel(const uint16_t* weight, int num_rows, int64_t num_inputs, ui
       __m512i even = _mm512_slli_epi32(pair, 16), odd = _mm512_and_si512(pair, high);
       const __m512i bits = _mm512_max_epu32(_mm512_slli_epi32(even, 1), _mm512_slli_epi32(odd, 1));
       const uint32_t most = _mm512_reduce_max_epu32(bits) >> 1;
-      // Rounded up to bf16, so that no quotient passes 127.
-      const uint32_t up = most >= 0x7f800000u ? 0x7fc0u : (to_bits(from_bits(most) / 127.0f) + 0xffffu) >> 16;
+      // Rounded up to bf16, so that no quotient passes most_q.
+      const uint32_t up = most >= 0x7f800000u ? 0x7fc0u : (to_bits(from_bits(most) / most_q) + 0xffffu) >> 16;
       scales[b * kPanelRows + r] = static_cast<uint16_t>(up);
       if (most >= 0x7f800000u) even = odd = _mm512_setzero_si512();
       const __m512 scale = _mm512_set1_ps(most == 0 ? 1.0f : from_bits(up << 16));
@@ -180,22 +180,6 @@ void mxfp4_to_panels(const uint8_t* blocks, const uint8_t* scales, int num_rows,
 // two streams best alone. More in one pass: each stream so far ahead of its loads. Several passes: what will be read
 // next comes into L2 evenly over the blocks of all of them, and the products hide the memory.
 constexpr int64_t kStreamAhead = 4096;
-
-struct Ahead {
-  const char* at;
-  const char* end;
-  int64_t rest = 0;    // of a line, in 1/1024
-  int64_t step;  // lines a block, in 1/1024
-
-  Ahead(Next next, int64_t num_steps)
-      : at(reinterpret_cast<const char*>(next.data)),
-        end(at + next.bytes),
-        step((next.bytes / 64 * 1024 + num_steps - 1) / num_steps) {}
-
-  inline __attribute__((always_inline)) void go_on() {
-    for (rest += step; rest >= 1024 && at < end; rest -= 1024, at += 64) _mm_prefetch(at, _MM_HINT_T1);
-  }
-};
 
 // Whether every float's exponent is far from both ends, so that those of two factors can be added: 2^-63 to 2^63.
 inline __attribute__((always_inline)) bool are_moderate(__m512i least, __m512i most) {

@@ -41,7 +41,7 @@ void quantize_row(const float* x, int64_t num_inputs, int offset, float factor, 
 // Where element i of a block stands in its panel's 512 bytes, row 0.
 int panel_byte(int i) { return ((i & 1) * 4 + i / 8) * 64 + i / 2 % 4; }
 
-void quantize_panel(const uint16_t* weight, int num_rows, int64_t num_inputs, uint8_t* panel) {
+void quantize_panel(const uint16_t* weight, int num_rows, int64_t num_inputs, float most_q, uint8_t* panel) {
   const int64_t num_blocks = num_inputs / kBlock;
   memset(panel, kInt8Offset, static_cast<size_t>(num_blocks * kPanelBlockBytes));
   auto* scales = reinterpret_cast<uint16_t*>(panel + num_blocks * kPanelBlockBytes);
@@ -54,8 +54,8 @@ void quantize_panel(const uint16_t* weight, int num_rows, int64_t num_inputs, ui
         const uint32_t bits = w[i] & 0x7fffu;
         if (bits > most) most = bits;
       }
-      // Rounded up to bf16, so that no quotient passes 127.
-      const uint32_t up = most >= 0x7f80u ? 0x7fc0u : (to_bits(from_bits(most << 16) / 127.0f) + 0xffffu) >> 16;
+      // Rounded up to bf16, so that no quotient passes most_q.
+      const uint32_t up = most >= 0x7f80u ? 0x7fc0u : (to_bits(from_bits(most << 16) / most_q) + 0xffffu) >> 16;
       scales[b * kPanelRows + r] = static_cast<uint16_t>(up);
       if (most >= 0x7f80u || most == 0) continue;
       const float scale = from_bits(up << 16);

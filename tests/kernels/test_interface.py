@@ -17,7 +17,7 @@ from harmonium.kernels import interface
 
 NATIVE = Path(__file__).parents[2] / "native"
 
-BOUND = "5c946228da3e4dbc"
+BOUND = "13958ccf14439860"
 """Digest of all bound functions and their arguments at interface.INTERFACE."""
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from harmonium.checkpoint.bfloat16 import decode_bfloat16, encode_bfloat16
+from harmonium.checkpoint.names import UNEMBEDDING
 from harmonium.kernels.reference_matmul import quantize_activations, quantize_weight
 from harmonium.kernels.reference_ops import float32_from_int8, quantize_heads
 from harmonium.model.reference import Array, ReferenceModel
@@ -39,7 +40,8 @@ class Int8Reference(ReferenceModel):
         return super().product(from_int8(quantize_activations(np.asarray(x_TK, np.float32))), weight_NK)
 
     def linear(self, x_TK: Array, weight_name: str, bias_name: str | None = None) -> Array:
-        out_TN = self.product(x_TK, from_int8(quantize_weight(self.checkpoint.tensor(weight_name))))
+        most = 119 if weight_name == UNEMBEDDING else 127
+        out_TN = self.product(x_TK, from_int8(quantize_weight(self.checkpoint.tensor(weight_name), most)))
         out_TN = self.adapted(weight_name.removesuffix(".weight"), x_TK, out_TN)
         return out_TN if bias_name is None else out_TN + self.bf16(self.checkpoint.tensor(bias_name))
 
