@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from harmonium.bench_report import BenchReport, BenchRow, print_report
-from harmonium.checkpoint import open_checkpoint
+from harmonium.checkpoint import Checkpoint, open_checkpoint
 from harmonium.checkpoint.model_config import ModelConfig
 from harmonium.config import EngineConfig
 from harmonium.engine.create import create_engine
@@ -28,6 +28,7 @@ from harmonium.engine.protocol import Engine
 from harmonium.errors import ConfigError
 from harmonium.kernels.matmul import measure_int8_ops, measure_read_bandwidth
 from harmonium.kernels.runtime import current_isa, current_threads
+from harmonium.kernels.unembedding import MAX_SCREENED_ROWS
 from harmonium.meter import DecodeWindow, Meter
 from harmonium.model.costs import Bound, ExpertFormat, StepCost, prefill_cost, step_cost
 
@@ -141,12 +142,16 @@ def run_bench(
     """
     with open_checkpoint(options.model) as checkpoint:
         model, experts = checkpoint.config, checkpoint.expert_format
+        # The 8-bit unembedding of a GGUF file is used as it is.
+        splits_unembedding = isinstance(checkpoint, Checkpoint) and options.config.weights == "int8"
     config = options.engine_config(model.max_context)
     progress(f"loading {options.model}")
     start = time.perf_counter()
     engine = create_engine(options.model, config, load_progress)
     load_seconds = time.perf_counter() - start
-    return asyncio.run(_Bench(options, config, model, experts, progress).run(engine, load_seconds))
+    return asyncio.run(
+        _Bench(options, config, model, experts, splits_unembedding, progress).run(engine, load_seconds)
+    )
 
 
 class _Bench:
@@ -156,12 +161,14 @@ class _Bench:
         config: EngineConfig,
         model: ModelConfig,
         experts: ExpertFormat,
+        splits_unembedding: bool,
         progress: Progress,
     ) -> None:
         self._options = options
         self._config = config
         self._model = model
         self._experts: ExpertFormat = experts
+        self._splits_unembedding = splits_unembedding
         self._progress = progress
 
     async def run(self, engine: Engine, load_seconds: float) -> BenchReport:
@@ -239,6 +246,7 @@ class _Bench:
             context=context,
             experts=self._experts,
             kv_cache=self._config.kv_cache,
+            screens_logits=self._splits_unembedding and batch <= MAX_SCREENED_ROWS,  # the meter is greedy
         )
         limit, bound = limits.row_limit(cost, batch)
         speeds = [window.tokens_per_second for window in windows]

@@ -54,8 +54,11 @@ def step_cost(
     context: float,
     experts: ExpertFormat = "mxfp4",
     kv_cache: KvCache = "bf16",
+    screens_logits: bool = False,
 ) -> StepCost:
     """Of one step: num_tokens in all, of num_sequences that have `context` tokens each in the cache.
+
+    screens_logits: the unembedding's low halves are not read (model/unembedding.py).
 
     Experts are taken to be chosen independently and evenly: T tokens then meet E * (1 - (1 - A/E)^T) of them
     in a layer on average.
@@ -73,8 +76,9 @@ def step_cost(
     )
     cache_bytes = num_sequences * _cache_bytes(config, context, kv_cache)
     per_token = config.num_layers * (attention + router + active * expert)
+    unembedding_bytes = unembedding * (_dense_bytes(weights) - 0.5 * screens_logits)
     return StepCost(
-        bytes=config.num_layers * layer_bytes + unembedding * _dense_bytes(weights) + cache_bytes,
+        bytes=config.num_layers * layer_bytes + unembedding_bytes + cache_bytes,
         operations=2.0 * (num_tokens * per_token + num_logit_rows * unembedding),
     )
 

@@ -12,8 +12,8 @@ from harmonium.kernels.unembedding import SplitWeight, Wish
 Floats = npt.NDArray[np.float32]
 Bits = npt.NDArray[np.uint16]
 
-# Outputs with and without a tail of a panel (16) and a tile (32); blocks in pairs and not; tokens of one pass and
-# more.
+# Outputs with and without a tail of a panel (16) and a tile (32); blocks in pairs and not; tokens of one pass
+# and more.
 SHAPES = [(1, 32, 1), (16, 64, 2), (37, 96, 3), (64, 288, 6), (100, 160, 7), (48, 2880, 13), (33, 64, 140)]
 
 
