@@ -1,19 +1,17 @@
-"""Several replicas of the native engine and the whole front end on Ray Serve: `harmonium.ray:app`.
+"""Several replicas of the native engine behind our front end on Ray Serve: `harmonium.ray:app`.
 
     harmonium serve demo --replicas 2
     serve run harmonium.ray:app model=demo replicas=2
 
-A replica is what `harmonium serve` is without the socket: Ray's proxies listen, choose one of two replicas
-by how much they do, and carry streams and disconnects. Needs the extra [ray]; docs/cluster.md says what is
-shared. Source: Ray Serve 2.60's documentation of `serve.ingress` with a builder, application builders and
-autoscaling.
+Ray's proxies listen and carry streams and disconnects to one of the fronts, each of which is what `harmonium
+serve` is without socket and model; a front asks replicas of the engine (harmonium/ray_deployments.py). Needs
+the extra [ray]; docs/cluster.md says what is shared. Source: Ray Serve 2.60's documentation of application
+builders, composed deployments and autoscaling.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import contextlib
 import os
 import signal
 import socket
@@ -21,38 +19,36 @@ import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from harmonium import options
 from harmonium.config import EngineConfig, environment_config, set_environment_default
-from harmonium.engine.protocol import Request
-from harmonium.errors import ConfigError, EngineBusy, EngineError
+from harmonium.errors import ConfigError, EngineError
 from harmonium.loading import find_model
-from harmonium.model.batch import SamplingParams
-from harmonium.server.app import create_app
+from harmonium.ray_deployments import EngineReplica, Front
 from harmonium.server.config import ServerConfig
-from harmonium.server.logs import LogFormat, configure_logging
-from harmonium.server.responses_run import Responses
-from harmonium.server.serve import listen, load_model, print_remarks, server_config, wait_until_empty
-from harmonium.server.state import ServerState
-from harmonium.server.stores import open_store
-from harmonium.server.tracing import find_tracing
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
+from harmonium.server.logs import LogFormat
+from harmonium.server.serve import listen, print_remarks, server_config
 
 APPLICATION = "harmonium"
 
-_PROBE = Request("health", (0,), SamplingParams(max_tokens=1))
-"""A request that is looked at and never made."""
+MAX_FRONTS = 2
+"""One more than must be there, for the case that one dies: a front computes next to nothing."""
+
+UPSCALE_SECONDS = 10.0
+"""How long too much must be asked before a replica comes; a model is loaded in seconds."""
+
+DOWNSCALE_SECONDS = 300.0
+"""How long too little must be asked before one goes, with the prompts that it has in its cache."""
 
 _MISSING = "replicas need Ray: pip install 'harmonium[ray]'"
 
 
 @dataclass(frozen=True, slots=True)
 class Replicas:
-    """How many there are at least and at most."""
+    """How many there are of the engine at least and at most."""
 
     least: int
     most: int
@@ -72,7 +68,7 @@ class Replicas:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a replica is made from. model: the word MODEL; the others as `harmonium serve` has them."""
+    """What all is made from. model: the word MODEL; the others as `harmonium serve` has them for one."""
 
     replicas: Replicas
     config: ServerConfig
@@ -217,60 +213,53 @@ def _ended_by_signal() -> threading.Event:
 
 
 def application(settings: Settings) -> Any:
-    """The bound deployment of these settings."""
+    """The bound deployments of these settings: fronts, and behind them replicas of the engine."""
     _, serve = _ray()
-    config, replicas = settings.config, settings.replicas
-    wanted: dict[str, Any] = {
-        "name": "server",
+    config, threads = settings.config, settings.engine_config.threads or 1
+    version = blake2b(repr((settings.model, settings.engine_config)).encode(), digest_size=8).hexdigest()
+    engine = serve.deployment(
+        name="engine",
+        # What waits longer waits in the fronts, and goes to whichever replica has room first.
+        max_ongoing_requests=config.max_concurrency + min(config.max_concurrency, config.max_queue),
+        graceful_shutdown_timeout_s=config.drain_seconds + 5,
+        ray_actor_options={"num_cpus": threads},
+        health_check_period_s=5,
+        request_router_config=serve.config.RequestRouterConfig(
+            request_router_class="harmonium.engine.ray_router:PrefixRouter", max_backoff_s=0.2
+        ),
+        **_scale(settings),
+    )(EngineReplica)
+    replicas = engine.bind(settings.model, config, settings.engine_config, settings.log_format, version)
+    everything = _of_all(config, settings.replicas.most)
+    front = serve.deployment(
+        name="server",
+        num_replicas=min(settings.replicas.most, MAX_FRONTS),
         # Health, models and the like come beside the answers.
-        "max_ongoing_requests": config.max_concurrency + config.max_queue + 16,
+        max_ongoing_requests=everything.max_concurrency + everything.max_queue + 16,
         # Requests first, then what runs in the background: each may take that long.
-        "graceful_shutdown_timeout_s": 2 * config.drain_seconds + 5,
-        "ray_actor_options": {"num_cpus": settings.engine_config.threads or 1},
-        "health_check_period_s": 5,
-    }
+        graceful_shutdown_timeout_s=2 * config.drain_seconds + 5,
+        ray_actor_options={"num_cpus": 0},
+        health_check_period_s=5,
+    )(serve.ingress()(Front))
+    return front.bind(replicas, everything, settings.log_format, settings.otlp_endpoint, version)
+
+
+def _of_all(config: ServerConfig, most: int) -> ServerConfig:
+    """What a front may take: as many answers as all replicas together."""
+    return replace(config, max_concurrency=config.max_concurrency * most, max_queue=config.max_queue * most)
+
+
+def _scale(settings: Settings) -> dict[str, Any]:
+    """How many replicas of the engine there are."""
+    replicas = settings.replicas
     if replicas.least == replicas.most:
-        wanted["num_replicas"] = replicas.least
-    else:
-        wanted["autoscaling_config"] = {
+        return {"num_replicas": replicas.least}
+    return {
+        "autoscaling_config": {
             "min_replicas": replicas.least,
             "max_replicas": replicas.most,
-            "target_ongoing_requests": config.max_concurrency,
+            "target_ongoing_requests": settings.config.max_concurrency,
+            "upscale_delay_s": UPSCALE_SECONDS,
+            "downscale_delay_s": DOWNSCALE_SECONDS,
         }
-    return serve.deployment(**wanted)(serve.ingress()(Replica)).bind(settings)
-
-
-class Replica:
-    """One server in a process of Ray's, which is ready when its model is loaded."""
-
-    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Ray awaits it
-        """Raises what loading and the store raise."""
-        configure_logging(settings.log_format)
-        self.state = ServerState(settings.config)
-        self.state.tracing = find_tracing(settings.otlp_endpoint)
-        self.responses = Responses(self.state, await asyncio.to_thread(open_store, settings.config))
-        self.state.set_engine(await load_model(self.state, settings.model, settings.engine_config))
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        """Called by Ray after the constructor."""
-        return create_app(self.state, self.responses)
-
-    def check_health(self) -> None:
-        """Called by Ray every few seconds, which replaces a replica that raises.
-
-        Raises EngineClosed where the engine has stopped.
-        """
-        with contextlib.suppress(EngineBusy):
-            self.state.engine.admit(_PROBE)
-
-    async def __del__(self) -> None:
-        """Called by Ray when no request is here any more: what runs in the background may end."""
-        if not hasattr(self, "responses"):
-            return  # the constructor raised
-        await wait_until_empty(self.state)
-        self.state.drain()
-        if self.state.loaded_engine is not None:
-            await self.state.loaded_engine.close()
-        await self.responses.close()
-        if self.state.tracing is not None:
-            await asyncio.to_thread(self.state.tracing.close)
+    }

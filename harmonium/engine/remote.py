@@ -16,7 +16,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from harmonium.engine.admission import check_request, refuse_begun_answer
-from harmonium.engine.balance import Balancer
+from harmonium.engine.balance import Balancer, prefix_hashes
 from harmonium.engine.guided import Answer, GuidedAnswer
 from harmonium.engine.protocol import EngineInfo, Request, Token, TokenEvent
 from harmonium.engine.upstream import (
@@ -55,7 +55,7 @@ class RemoteEngine:
         `watch` keeps the flags true.
         """
         self._upstreams = tuple(upstreams)
-        self._balancer = Balancer(upstreams)
+        self._balancer = Balancer()
         self._info = info
         self._settings = settings or RemoteSettings()
         self._statistics = RemoteStatistics()
@@ -125,11 +125,11 @@ class RemoteEngine:
         """The chunks of one call, from whichever upstream gives the first of them."""
         tried: list[Upstream] = []
         failure: HarmoniumError | None = None
+        blocks = prefix_hashes(call.token_ids, f"{call.model}/{call.cache_salt}")
         while True:
             if self._is_closed:
                 raise EngineClosed("the engine is closed")
-            salt = f"{call.model}/{call.cache_salt}"
-            upstream = self._balancer.choose(call.token_ids, salt, tried)
+            upstream = self._balancer.choose(self._upstreams, blocks, tried)
             if upstream is None:
                 raise failure or self._nobody(None)
             self._statistics.retries += bool(tried)
@@ -183,7 +183,8 @@ class RemoteEngine:
         self.admit(Request("score", token_ids, adapter=adapter))
         tried: list[Upstream] = []
         failure: HarmoniumError | None = None
-        while (upstream := self._balancer.choose(token_ids, "score", tried)) is not None:
+        blocks = prefix_hashes(token_ids, "score")
+        while (upstream := self._balancer.choose(self._upstreams, blocks, tried)) is not None:
             tried.append(upstream)
             try:
                 with upstream.working():

@@ -100,6 +100,11 @@ class Upstream:
     _exchanges: set[Exchange] = field(default_factory=set)
 
     @property
+    def name(self) -> str:
+        """Its address, by which a Balancer knows it."""
+        return self.address.text
+
+    @property
     def rests(self) -> bool:
         """Whether it said lately that it has no room."""
         return time.monotonic() < self._rests_until

@@ -257,7 +257,7 @@ async def _make_engine(
     state = server.state
     if isinstance(source, RemoteSource):
         remote = await make_remote_engine(source, config, server.fail)
-        await _prepare_grammar(state)
+        await prepare_grammar(state)
         return remote
     if isinstance(source, Path):
         if config.lora:
@@ -287,11 +287,11 @@ async def load_model(state: ServerState, model: str, config: EngineConfig) -> En
                 bar(done, total)
 
         engine = await asyncio.to_thread(create_engine, path, config, progress)
-    await _prepare_grammar(state)
+    await prepare_grammar(state)
     return engine
 
 
-async def _prepare_grammar(state: ServerState) -> None:
+async def prepare_grammar(state: ServerState) -> None:
     """1.3 s that the first schema would wait for."""
     if state.config.uses_grammar:
         await asyncio.to_thread(build_grammar_tokenizer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 
 from harmonium.engine.balance import BLOCK_TOKENS, Balancer, prefix_hashes
 from harmonium.engine.http_exchange import parse_address
@@ -14,12 +15,23 @@ def upstreams(count: int) -> list[Upstream]:
     return [Upstream(parse_address(f"http://host{number}:8000"), is_up=True) for number in range(count)]
 
 
+class Chooser:
+    """A balancer of some upstreams."""
+
+    def __init__(self, some: list[Upstream]) -> None:
+        self.upstreams = some
+        self.balancer = Balancer()
+
+    def choose(self, tokens: Sequence[int], salt: str, without: Sequence[Upstream]) -> Upstream | None:
+        return self.balancer.choose(self.upstreams, prefix_hashes(tokens, salt), without)
+
+
 def prompt(seed: int, length: int = 500) -> list[int]:
     return random.Random(seed).choices(range(200_000), k=length)
 
 
 def test_conversation_stays_where_it_began_however_long_it_gets() -> None:
-    balancer = Balancer(upstreams(8))
+    balancer = Chooser(upstreams(8))
     for seed in range(20):
         tokens = prompt(seed, 150)
         first = balancer.choose(tokens, "", ())
@@ -29,7 +41,7 @@ def test_conversation_stays_where_it_began_however_long_it_gets() -> None:
 
 
 def test_prompts_of_one_beginning_meet_and_others_spread() -> None:
-    balancer = Balancer(upstreams(8))
+    balancer = Chooser(upstreams(8))
     shared = prompt(0, 4 * BLOCK_TOKENS)
     assert len({balancer.choose([*shared, *prompt(seed)], "", ()) for seed in range(1, 30)}) == 1
     spread = Counter(balancer.choose(prompt(seed), "", ()) for seed in range(800))
@@ -37,14 +49,14 @@ def test_prompts_of_one_beginning_meet_and_others_spread() -> None:
 
 
 def test_what_all_prompts_begin_with_does_not_gather_them() -> None:
-    balancer = Balancer(upstreams(4))
+    balancer = Chooser(upstreams(4))
     system = prompt(0, 2 * BLOCK_TOKENS)
     found = {balancer.choose([*system, *prompt(seed, 1000)], "", ()) for seed in range(1, 100)}
     assert len(found) == 4
 
 
 def test_busy_upstream_is_passed_over() -> None:
-    balancer = Balancer(upstreams(3))
+    balancer = Chooser(upstreams(3))
     wanted = balancer.choose(prompt(1), "", ())
     assert wanted is not None
     wanted.running = 10
@@ -58,7 +70,7 @@ def test_another_salt_shares_nothing() -> None:
 
 def test_only_those_that_are_up_rested_and_untried_are_chosen() -> None:
     first, second, third = all_three = upstreams(3)
-    balancer = Balancer(all_three)
+    balancer = Chooser(all_three)
     first.eject("gone")
     second.rest(60)
     for seed in range(20):
@@ -69,14 +81,33 @@ def test_only_those_that_are_up_rested_and_untried_are_chosen() -> None:
 
 def test_when_one_goes_the_prompts_of_others_stay() -> None:
     some = upstreams(5)
-    before = {seed: Balancer(some).choose(prompt(seed), "", ()) for seed in range(200)}
+    before = {seed: Chooser(some).choose(prompt(seed), "", ()) for seed in range(200)}
     some[0].eject("gone")
     for seed, upstream in before.items():
-        after = Balancer(some).choose(prompt(seed), "", ())
+        after = Chooser(some).choose(prompt(seed), "", ())
         assert after is upstream if upstream is not some[0] else after is not some[0]
 
 
 def test_short_and_empty_prompts_have_a_place() -> None:
-    balancer = Balancer(upstreams(2))
+    balancer = Chooser(upstreams(2))
     assert balancer.choose([], "", ()) is balancer.choose([], "", ())
     assert balancer.choose([1], "", ()) is not None
+
+
+def test_a_prompt_that_went_elsewhere_is_looked_for_there() -> None:
+    some = upstreams(5)
+    for seed in range(20):
+        balancer, blocks = Balancer(), prefix_hashes(prompt(seed), "")
+        balancer.remember(blocks, some[3].name)
+        assert balancer.choose(some, blocks, ()) is some[3]
+
+
+def test_a_newcomer_may_be_chosen_and_one_that_has_gone_is_forgotten() -> None:
+    balancer, some = Balancer(), upstreams(3)
+    before = {seed: balancer.choose(some[:2], prefix_hashes(prompt(seed), ""), ()) for seed in range(60)}
+    for seed, upstream in before.items():
+        assert balancer.choose(some, prefix_hashes(prompt(seed), ""), ()) is upstream
+    newcomers = [balancer.choose(some, prefix_hashes(prompt(seed), ""), ()) for seed in range(60, 120)]
+    assert some[2] in newcomers
+    for seed in before:
+        assert balancer.choose(some[1:], prefix_hashes(prompt(seed), ""), ()) in some[1:]
