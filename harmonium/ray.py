@@ -224,6 +224,7 @@ def application(settings: Settings) -> Any:
         graceful_shutdown_timeout_s=config.drain_seconds + 5,
         ray_actor_options={"num_cpus": threads},
         health_check_period_s=5,
+        max_constructor_retry_count=3,  # what loading raises it mostly raises again
         request_router_config=serve.config.RequestRouterConfig(
             request_router_class="harmonium.engine.ray_router:PrefixRouter", max_backoff_s=0.2
         ),

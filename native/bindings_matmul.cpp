@@ -5,7 +5,6 @@
 #include <new>
 
 #include "arrays.h"
-#include "program.h"
 
 namespace harmonium {
 
@@ -26,7 +25,8 @@ void run_linear(nb::handle x_object, Weight weight, nb::handle bias, nb::handle 
   x.expect({-1, weight.num_inputs});
   out.expect({x.shape(0), weight.num_outputs});
   weight.bias = bias_data(bias, weight.num_outputs);
-  perform([=] { linear(x.data(), x.shape(0), weight, activations, add, out.data()); });
+  nb::gil_scoped_release release;
+  linear(x.data(), x.shape(0), weight, activations, add, out.data());
 }
 
 void bind_quantize_weight(nb::handle weight_object, nb::handle panels_object) {

@@ -192,15 +192,15 @@ def cluster(store_url: str) -> Iterator[str]:
     ray.shutdown()
 
 
-def replica_processes() -> list[int]:
-    """Of the engine's replicas, by the title that Ray gives their processes."""
+def replica_processes(deployment: str = "engine") -> list[int]:
+    """Of the engine's replicas or the fronts ("server"), by the title that Ray gives their processes."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             title = (folder / "cmdline").read_bytes()
         except OSError:
             continue
-        if title.startswith(b"ray::ServeReplica:harmonium:engine"):
+        if title.startswith(f"ray::ServeReplica:harmonium:{deployment}".encode()):
             found.append(int(folder.name))
     return found
 
@@ -332,6 +332,23 @@ def test_nobody_notices_a_replica_that_is_killed_under_load(cluster: str) -> Non
     assert min(load.counts.values()) >= 2, load.counts
 
 
+@needs_ray
+def test_a_front_that_is_killed_cuts_its_own_requests_alone(cluster: str) -> None:
+    victim = replica_processes("server")[0]
+    with Load() as load:
+        time.sleep(2)
+        os.kill(victim, signal.SIGKILL)
+        deadline = time.monotonic() + 120
+        while len(set(replica_processes("server")) - {victim}) < 2:
+            assert time.monotonic() < deadline, "no front came in its place"
+            time.sleep(0.5)
+        time.sleep(3)
+        num_before = len(load.failures)
+        time.sleep(2)
+    assert len(load.failures) <= 3, load.failures  # at most what each of the three threads had there
+    assert len(load.failures) == num_before  # and nothing once the other has come
+
+
 def cpu_ticks(process: int) -> int:
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     return int(fields[11]) + int(fields[12])
@@ -397,6 +414,42 @@ def test_a_client_that_leaves_frees_its_replica(cluster: str) -> None:
     wait_for(0)
     ended = [handle.statistics.remote(Route()).result().finished.get("aborted", 0) for _ in range(16)]
     assert max(ended) >= 1
+
+
+@needs_ray
+def test_requests_wait_for_the_successor_of_the_only_replica(cluster: str) -> None:
+    deploy(cluster, replicas="1")
+    (victim,) = replica_processes()
+    with Load() as load:
+        time.sleep(1)
+        os.kill(victim, signal.SIGKILL)
+        time.sleep(10)
+    assert not load.failures, load.failures
+    assert min(load.counts.values()) >= 2, load.counts
+
+
+def wait_for_replicas(number: int) -> float:
+    """Seconds until there are so many."""
+    began = time.monotonic()
+    while len(replica_processes()) != number:
+        assert time.monotonic() - began < 240, f"there are {len(replica_processes())} replicas, not {number}"
+        time.sleep(0.5)
+    return time.monotonic() - began
+
+
+@needs_ray
+def test_a_second_replica_comes_under_load_and_goes_when_it_is_idle(
+    cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replicas, "DOWNSCALE_SECONDS", 5.0)
+    deploy(cluster, replicas="1:2", max_concurrency="1", max_queue="8")
+    wait_for_replicas(1)
+    with Load() as load:
+        came = wait_for_replicas(2)
+        time.sleep(5)
+    went = wait_for_replicas(1)
+    assert not load.failures, load.failures
+    print(f"a second replica came after {came:.0f} s of load and went after {went:.0f} s without")
 
 
 @needs_ray

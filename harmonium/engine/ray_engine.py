@@ -144,18 +144,19 @@ class RayEngine:
     async def _events(self, request: Request, route: Route) -> AsyncGenerator[TokenEvent, None]:
         """The events of one replica. One that ends what we did not is lost: it shuts down."""
         response = self._begin("generate", True, request, route)
+        is_over = False
         try:
-            while True:
+            while not is_over:
                 event: TokenEvent = await self._wait(anext, response)
                 if event.finish_reason == "aborted":
                     raise ReplicaLost("the replica was shut down")
                 if event.began is not None:
                     event = replace(event, began=time.monotonic() + event.began)
+                is_over = event.finish_reason is not None
                 yield event
-                if event.finish_reason is not None:
-                    return
         finally:
-            response.cancel()  # does nothing to a call that has ended
+            if not is_over:
+                response.cancel()
 
     def _begin(self, method: str, is_stream: bool, *arguments: Any) -> Any:
         """Call a replica. Ray ties a call to the HTTP request whose context it is made in, and cuts it with

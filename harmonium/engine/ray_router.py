@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from dataclasses import dataclass
+from random import random
 from typing import Any
 
 from ray.exceptions import OwnerDiedError, RayActorError, RayError, RayTaskError, TaskCancelledError
@@ -54,7 +55,7 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]  # without Ray its base
         if route.blocks:
             first = self._balancer.choose(untried, route.blocks, ())
         else:
-            first = min(untried, key=lambda one: (one.rests, one.running), default=None)
+            first = min(untried, key=lambda one: (one.rests, random()), default=None)
         if first is None:
             await asyncio.sleep(0)  # Ray asks again before it waits, and the list may be stale
             return []
