@@ -29,6 +29,7 @@ constexpr int kInterface = 3;
 
 void bind_threads(nb::module_& m);
 void bind_matmul(nb::module_& m);
+void bind_program(nb::module_& m);
 void bind_split(nb::module_& m);
 void bind_moe(nb::module_& m);
 void bind_ops(nb::module_& m);

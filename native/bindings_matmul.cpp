@@ -5,6 +5,7 @@
 #include <new>
 
 #include "arrays.h"
+#include "program.h"
 
 namespace harmonium {
 
@@ -25,8 +26,7 @@ void run_linear(nb::handle x_object, Weight weight, nb::handle bias, nb::handle 
   x.expect({-1, weight.num_inputs});
   out.expect({x.shape(0), weight.num_outputs});
   weight.bias = bias_data(bias, weight.num_outputs);
-  nb::gil_scoped_release release;
-  linear(x.data(), x.shape(0), weight, activations, add, out.data());
+  perform([=] { linear(x.data(), x.shape(0), weight, activations, add, out.data()); });
 }
 
 void bind_quantize_weight(nb::handle weight_object, nb::handle panels_object) {

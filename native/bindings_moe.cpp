@@ -1,7 +1,9 @@
 // Python's side of the experts' kernels: checks every array, then releases the GIL and calls a driver of matmul.h.
+#include <memory>
 #include <vector>
 
 #include "arrays.h"
+#include "program.h"
 
 namespace harmonium {
 
@@ -138,10 +140,11 @@ void run_moe(nb::handle x_object, nb::handle id_object, nb::handle weight_object
                                 .c_str());
     }
   }
-  const BoundAdapters adapters(adapter_list, adapter_of, experts, num_tokens);
-  nb::gil_scoped_release release;
-  moe(x.data(), num_tokens, id.data(), weight.data(), static_cast<int>(num_active), experts, adapters.get(),
-      activations, out.data());
+  const auto adapters = std::make_shared<BoundAdapters>(adapter_list, adapter_of, experts, num_tokens);
+  perform([=, copy = experts] {
+    moe(x.data(), num_tokens, id.data(), weight.data(), static_cast<int>(num_active), copy, adapters->get(),
+        activations, out.data());
+  });
 }
 
 void bind_moe_mxfp4(nb::handle x, nb::handle expert_id, nb::handle expert_weight, nb::handle gate_up_blocks,

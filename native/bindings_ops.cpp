@@ -3,11 +3,12 @@
 
 #include <climits>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <vector>
 
-#include "bindings.h"
 #include "ops.h"
+#include "program.h"
 
 namespace harmonium {
 
@@ -71,17 +72,19 @@ std::int64_t size_of(const A& array, const char* name, std::size_t rank, std::si
   return static_cast<std::int64_t>(array.shape(axis));
 }
 
+using Buffer = std::shared_ptr<std::vector<float>>;
+
 // A short vector that a checkpoint holds as bf16: float32 as it is, or bf16 bits widened into `buffer`.
-const float* short_vector(const ReadOnly& array, const char* name, std::int64_t count, std::vector<float>& buffer) {
+const float* short_vector(const ReadOnly& array, const char* name, std::int64_t count, Buffer& buffer) {
   if (array.dtype() == nb::dtype<float>()) return input<float>(array, name, "float32", {count});
   const auto* bits = input<std::uint16_t>(array, name, "float32 or uint16 (bf16 bits)", {count});
-  buffer.resize(count);
+  buffer = std::make_shared<std::vector<float>>(count);
   // Not by gather_rows: the thread pool may be busy, and the GIL is still held here.
   for (std::int64_t i = 0; i < count; ++i) {
     const std::uint32_t wide = static_cast<std::uint32_t>(bits[i]) << 16;
-    std::memcpy(&buffer[i], &wide, sizeof wide);
+    std::memcpy(&(*buffer)[i], &wide, sizeof wide);
   }
-  return buffer.data();
+  return buffer->data();
 }
 
 using Scales = std::optional<Array>;
@@ -125,12 +128,11 @@ void check_heads(std::int64_t num_heads, std::int64_t num_kv_heads) {
 void bound_rms_norm(const ReadOnly& x, const ReadOnly& weight, float eps, const Array& out) {
   const std::int64_t T = size_of(x, "x", 2, 0), D = size_of(x, "x", 2, 1);
   require(D > 0, "x has shape " + shape_text(x) + "; expected at least 1 column");
-  std::vector<float> buffer;
+  Buffer buffer;
   const auto* x_data = input<float>(x, "x", "float32", {T, D});
   auto* out_data = output<float>(out, "out", "float32", {T, D});
   const float* weight_data = short_vector(weight, "weight", D, buffer);
-  nb::gil_scoped_release release;
-  rms_norm(x_data, weight_data, eps, T, D, out_data);
+  perform([=] { (void)buffer, rms_norm(x_data, weight_data, eps, T, D, out_data); });
 }
 
 void bound_rope_and_store(const Array& qkv, const ReadOnly& cos, const ReadOnly& sin, const Array& key_cache,
@@ -144,24 +146,28 @@ void bound_rope_and_store(const Array& qkv, const ReadOnly& cos, const ReadOnly&
   const auto* sin_data = input<float>(sin, "sin", "float32", {T, half});
   const auto* slots = input<std::int64_t>(slot, "slot", "int64", {T});
   const std::int64_t num_slots = cache.num_blocks * cache.block_size;
-  for (std::int64_t t = 0; t < T; ++t) {
-    require(slots[t] >= 0 && slots[t] < num_slots,
-            "slot[" + text(t) + "] is " + text(slots[t]) + "; expected 0 to " + text(num_slots - 1));
-  }
-  nb::gil_scoped_release release;
-  rope_and_store(qkv_data, cos_data, sin_data, cache, slots, T, num_heads);
+  perform([=] {
+    for (std::int64_t t = 0; t < T; ++t) {
+      if (slots[t] >= 0 && slots[t] < num_slots) continue;
+      require(false, "slot[" + text(t) + "] is " + text(slots[t]) + "; expected 0 to " + text(num_slots - 1));
+    }
+    rope_and_store(qkv_data, cos_data, sin_data, cache, slots, T, num_heads);
+  });
 }
 
 // Check one sequence's place in the batch and the block ids of the positions that it reads.
 void check_sequence(const AttentionBatch& b, const KeyValueCache& cache, std::int64_t s) {
   const std::int64_t first = b.query_start[s], count = b.query_start[s + 1] - first, context = b.context_length[s];
-  require(count >= 0, "query_start[" + text(s + 1) + "] is " + text(b.query_start[s + 1]) + "; expected at least " +
-                          text(first));
+  if (count < 0) {
+    require(false, "query_start[" + text(s + 1) + "] is " + text(b.query_start[s + 1]) + "; expected at least " +
+                       text(first));
+  }
   if (count == 0) return;
   const std::int64_t capacity = b.blocks_per_sequence * cache.block_size;
-  require(context >= count && context <= capacity,
-          "context_length[" + text(s) + "] is " + text(context) + "; expected " + text(count) + " (its tokens) to " +
-              text(capacity) + " (its block table)");
+  if (context < count || context > capacity) {
+    require(false, "context_length[" + text(s) + "] is " + text(context) + "; expected " + text(count) +
+                       " (its tokens) to " + text(capacity) + " (its block table)");
+  }
   const std::int64_t lowest = b.window ? context - count - b.window + 1 : 0;
   const std::int64_t begin = (lowest > 0 ? lowest : 0) / cache.block_size;
   const std::int64_t end = (context - 1) / cache.block_size;
@@ -172,6 +178,14 @@ void check_sequence(const AttentionBatch& b, const KeyValueCache& cache, std::in
                          text(cache.num_blocks - 1));
     }
   }
+}
+
+void check_batch(const AttentionBatch& b, const KeyValueCache& cache, std::int64_t num_tokens) {
+  if (b.query_start[0] != 0) require(false, "query_start[0] is " + text(b.query_start[0]) + "; expected 0");
+  for (std::int64_t s = 0; s < b.num_sequences; ++s) check_sequence(b, cache, s);
+  const std::int64_t end = b.query_start[b.num_sequences];
+  if (end == num_tokens) return;
+  require(false, "query_start ends at " + text(end) + "; expected qkv's " + text(num_tokens) + " rows");
 }
 
 void bound_attention(const ReadOnly& qkv, const Array& key_cache, const Array& value_cache, const ReadOnly& block,
@@ -193,14 +207,13 @@ void bound_attention(const ReadOnly& qkv, const Array& key_cache, const Array& v
   require(window >= 0 && window <= INT_MAX, "window is " + text(window) + "; expected 0 (full) or more");
   b.window = window;
   b.scale = scale;
-  require(b.query_start[0] == 0, "query_start[0] is " + text(b.query_start[0]) + "; expected 0");
-  for (std::int64_t s = 0; s < b.num_sequences; ++s) check_sequence(b, cache, s);
-  require(b.query_start[b.num_sequences] == T,
-          "query_start ends at " + text(b.query_start[b.num_sequences]) + "; expected qkv's " + text(T) + " rows");
-  std::vector<float> buffer;
+  Buffer buffer;
   b.sink = short_vector(sink, "sink", b.num_heads, buffer);
-  nb::gil_scoped_release release;
-  attention(b, cache);
+  perform([=] {
+    (void)buffer;
+    check_batch(b, cache, T);
+    attention(b, cache);
+  });
 }
 
 std::int64_t bound_scratch_bytes(std::int64_t num_heads, std::int64_t num_kv_heads, std::int64_t head_size,
@@ -217,15 +230,14 @@ void bound_router(const ReadOnly& x, const ReadOnly& weight, const ReadOnly& bia
   const std::int64_t T = size_of(x, "x", 2, 0), D = size_of(x, "x", 2, 1), E = size_of(weight, "weight", 2, 0);
   const std::int64_t A = size_of(expert_id, "expert_id", 2, 1);
   require(A >= 1 && A <= E, "expert_id has " + text(A) + " columns; expected 1 to " + text(E) + " (experts)");
-  std::vector<float> buffer;
+  Buffer buffer;
   const auto* x_data = input<float>(x, "x", "float32", {T, D});
   const auto* weight_data = input<std::uint16_t>(weight, "weight", "uint16 (bf16 bits)", {E, D});
   const float* bias_data = short_vector(bias, "bias", E, buffer);
   const float* extra_data = extra ? input<float>(*extra, "extra", "float32", {T, E}) : nullptr;
   auto* id_data = output<std::int32_t>(expert_id, "expert_id", "int32", {T, A});
   auto* out_data = output<float>(expert_weight, "expert_weight", "float32", {T, A});
-  nb::gil_scoped_release release;
-  router(x_data, weight_data, bias_data, extra_data, T, D, E, A, id_data, out_data);
+  perform([=] { (void)buffer, router(x_data, weight_data, bias_data, extra_data, T, D, E, A, id_data, out_data); });
 }
 
 void bound_gather_rows(const ReadOnly& table, const ReadOnly& token_id, const Array& out) {

@@ -51,6 +51,7 @@ NB_MODULE(_native, m) {
   m.attr("interface") = harmonium::kInterface;
   harmonium::bind_threads(m);
   harmonium::bind_matmul(m);
+  harmonium::bind_program(m);
   harmonium::bind_split(m);
   harmonium::bind_moe(m);
   harmonium::bind_ops(m);

@@ -29,8 +29,10 @@ from harmonium.model.memory import EMBEDDING_ROWS_KEPT, MAX_LOGIT_ROWS
 from harmonium.model.pages import Reader, take
 from harmonium.model.rope import attention_factor, inverse_frequencies, rope_tables
 from harmonium.model.sampler import sample_rows
+from harmonium.model.step_program import MAX_RECORDED_TOKENS, StepPlaces, StepPrograms
 from harmonium.model.streamed_experts import ExpertStream, StreamedExperts
 from harmonium.model.weights import (
+    Experts,
     FloatArray,
     LayerWeights,
     MappedSource,
@@ -51,16 +53,6 @@ class _Scratch:
     expert_id_TA: npt.NDArray[np.int32]
     expert_weight_TA: FloatArray
     logits_RV: FloatArray
-
-
-@dataclass(frozen=True, slots=True)
-class _Places:
-    """Where the step's tokens are: their angles, and their slots and blocks in each kind of cache."""
-
-    cos_TK2: FloatArray
-    sin_TK2: FloatArray
-    slot_T: dict[LayerKind, npt.NDArray[np.int64]]
-    block_SB: dict[LayerKind, npt.NDArray[np.int32]]
 
 
 class NativeRunner:
@@ -112,6 +104,7 @@ class NativeRunner:
         self._caches: list[LayerCache] = []
         self._embedding_rows = 0
         self._adapters = AdapterSet(adapters, config, max_batch_tokens)
+        self._programs = StepPrograms()
 
     @property
     def config(self) -> ModelConfig:
@@ -172,9 +165,13 @@ class NativeRunner:
         places, adapters = self._places(batch), self._adapters.in_step(batch)
         hidden_TD, normed_TD = scratch.hidden_TD[:num_tokens], scratch.normed_TD[:num_tokens]
         self._embed(weights, batch.token_id_T, hidden_TD)
+        if adapters is None and self._is_repeated(batch):
+            layers = partial(self._run_layers, weights, hidden_TD, normed_TD)
+            self._programs.run(batch, places, self._weights_state(weights), layers)
+            return self._finish(weights, batch, hidden_TD, normed_TD)
         last = self._config.num_layers - 1
         for index, layer in enumerate(weights.layers):
-            mixed_TN = self._attend(layer, index, batch, places, adapters, hidden_TD, normed_TD)
+            mixed_TN = self._attend(layer, index, places, adapters, hidden_TD, normed_TD)
             if index == last and not _is_every_row(batch.logit_row_R, num_tokens):
                 # Past the last attention only rows that get logits matter.
                 hidden_TD, normed_TD, mixed_TN = self._keep_rows(
@@ -188,6 +185,27 @@ class NativeRunner:
                 adapters.add_out(index, mixed_TN, hidden_TD)
             self._mix_experts(layer, index, adapters, hidden_TD, normed_TD)
         return self._finish(weights, batch, hidden_TD, normed_TD)
+
+    def _is_repeated(self, batch: Batch) -> bool:
+        """Whether the step is one of the small ones that decode, whose calls are always the same."""
+        num_tokens = batch.token_id_T.size
+        return (
+            self._stream is None
+            and num_tokens <= MAX_RECORDED_TOKENS
+            and _is_every_row(batch.logit_row_R, num_tokens)
+        )
+
+    def _weights_state(self, weights: ModelWeights) -> int:
+        """Changes whenever a layer's experts have been packed."""
+        return sum(isinstance(layer.experts, Experts) and layer.experts.is_packed for layer in weights.layers)
+
+    def _run_layers(
+        self, weights: ModelWeights, hidden_TD: FloatArray, normed_TD: FloatArray, places: StepPlaces
+    ) -> None:
+        for index, layer in enumerate(weights.layers):
+            mixed_TN = self._attend(layer, index, places, None, hidden_TD, normed_TD)
+            layer.out(mixed_TN, hidden_TD, True)
+            self._mix_experts(layer, index, None, hidden_TD, normed_TD)
 
     def read_block(self, kind: LayerKind, block: int) -> bytes:
         """Keys and values of one cache block as they are held, layer by layer of that kind. Between two steps
@@ -220,12 +238,13 @@ class NativeRunner:
             if self._stream is not None:
                 self._stream.cache.close()
                 self._stream = None
+            self._programs.clear()
             self._weights = self._scratch = None
             self._adapters = AdapterSet((), self._config, 0)
             self._caches.clear()
             self._checkpoint.close()
 
-    def _places(self, batch: Batch) -> _Places:
+    def _places(self, batch: Batch) -> StepPlaces:
         position_T = batch.position_T
         cos_TK2, sin_TK2 = rope_tables(position_T, self._frequencies, self._attention_factor)
         sequence_T = np.repeat(np.arange(batch.context_length_S.size), np.diff(batch.query_start_S1))
@@ -240,7 +259,7 @@ class NativeRunner:
                 block_T = table_SB[sequence_T, index_T].astype(np.int64)
                 assert block_T.min() >= 0, f"a token of the step has no {kind} block"
                 slot_T[kind] = block_T * CACHE_BLOCK_TOKENS + offset_T
-        return _Places(cos_TK2, sin_TK2, slot_T, block_SB)
+        return StepPlaces(cos_TK2, sin_TK2, slot_T, block_SB, batch.query_start_S1, batch.context_length_S)
 
     def _embed(self, weights: ModelWeights, token_id_T: npt.NDArray[np.int32], hidden_TD: FloatArray) -> None:
         for start in range(0, token_id_T.size, EMBEDDING_ROWS_KEPT):
@@ -256,8 +275,7 @@ class NativeRunner:
         self,
         layer: LayerWeights,
         index: int,
-        batch: Batch,
-        places: _Places,
+        places: StepPlaces,
         adapters: StepAdapters | None,
         hidden_TD: FloatArray,
         normed_TD: FloatArray,
@@ -287,8 +305,8 @@ class NativeRunner:
             cache.key,
             cache.value,
             places.block_SB[layer.kind],
-            batch.query_start_S1,
-            batch.context_length_S,
+            places.query_start_S1,
+            places.context_length_S,
             layer.sink_H,
             config.window if layer.kind == "window" else 0,
             config.head_size**-0.5,

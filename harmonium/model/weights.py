@@ -107,6 +107,11 @@ class Experts:
         )
         self.mapped = self._arrays
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether steps use packed tiles from now on."""
+        return bool(self._packed)
+
     def pack(self, stop: threading.Event) -> None:
         """Copy the matrices into packed tiles, for steps from now on; the files' pages leave memory.
 
