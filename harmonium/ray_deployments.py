@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -41,6 +42,56 @@ _ASK_SECONDS = 0.2
 """Between two questions for a replica of the front's own settings, while others are still there."""
 
 
+_WATCH_SECONDS = 5.0
+"""Between two looks at a front that has answers here."""
+
+_log = logging.getLogger("harmonium.engine")
+
+
+class FrontWatch:
+    """Ends the answers of fronts that died: Ray lets them run on, for nobody."""
+
+    def __init__(self, is_dead: Callable[[Any], Awaitable[bool]], seconds: float = _WATCH_SECONDS) -> None:
+        """is_dead: of a front's handle. seconds: between two looks at it."""
+        self._is_dead = is_dead
+        self._seconds = seconds
+        self._answers: dict[Any, set[asyncio.Task[Any]]] = {}
+        self._watchers: set[asyncio.Task[None]] = set()
+
+    @contextmanager
+    def working(self, front: Any) -> Iterator[None]:
+        """The current task works for a front (None: for nobody who is watched) and is cancelled with it."""
+        task = asyncio.current_task()
+        if front is None or task is None:
+            yield
+            return
+        if front not in self._answers:
+            self._answers[front] = set()
+            watcher = asyncio.create_task(self._watch(front))
+            self._watchers.add(watcher)
+            watcher.add_done_callback(self._watchers.discard)
+        answers = self._answers[front]
+        answers.add(task)
+        try:
+            yield
+        finally:
+            answers.discard(task)
+
+    async def _watch(self, front: Any) -> None:
+        """Until the front has no answers here."""
+        answers = self._answers[front]
+        try:
+            while answers:
+                await asyncio.sleep(self._seconds)
+                if answers and await self._is_dead(front):
+                    _log.warning("a front died; %d answers of it are ended", len(answers))
+                    for task in list(answers):
+                        task.cancel()
+                    return
+        finally:
+            del self._answers[front]
+
+
 class EngineReplica:
     """One model in a process of Ray's, which is ready when it is loaded."""
 
@@ -53,8 +104,11 @@ class EngineReplica:
         version: str,
     ) -> None:
         """version: of these settings; fronts of the same ask for it. Raises what loading raises."""
+        from harmonium.engine.ray_router import is_dead  # the one module that needs Ray at its import
+
         configure_logging(log_format)
         self.version = version
+        self.fronts = FrontWatch(is_dead)
         self.engine = cast("LocalEngine", await load_model(ServerState(config), model, engine_config))
 
     async def info(self, route: Route) -> tuple[str, EngineInfo]:
@@ -69,10 +123,11 @@ class EngineReplica:
         """As RayEngine wants it: `began` is told in seconds from now, clocks of machines being different."""
         if request.constraint is not None:
             await asyncio.to_thread(request.constraint.start)  # it is compiled here, and then it is there
-        async with aclosing(self.engine.generate(request)) as events:
-            async for event in events:
-                began = None if event.began is None else event.began - time.monotonic()
-                yield replace(event, began=began)
+        with self.fronts.working(route.front):
+            async with aclosing(self.engine.generate(request)) as events:
+                async for event in events:
+                    began = None if event.began is None else event.began - time.monotonic()
+                    yield replace(event, began=began)
 
     async def score(
         self, token_ids: tuple[int, ...], num_top: int, adapter: str | None, route: Route
@@ -106,14 +161,15 @@ class Front:
         version: str,
     ) -> None:
         """handle: of the engine's deployment. Raises what the store raises."""
-        from harmonium.engine.ray_router import read_error  # the one module that needs Ray at its import
+        from harmonium.engine.ray_router import read_error, this_process
 
         configure_logging(log_format)
         self.state = ServerState(config)
         self.state.tracing = find_tracing(otlp_endpoint)
         self.responses = Responses(self.state, await asyncio.to_thread(open_store, config))
         await prepare_grammar(self.state)
-        self.state.set_engine(RayEngine(handle, await _ask_info(handle, version), read_error))
+        info = await _ask_info(handle, version)
+        self.state.set_engine(RayEngine(handle, info, read_error, this_process()))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Ray after the constructor."""

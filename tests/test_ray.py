@@ -137,6 +137,40 @@ def test_a_front_waits_for_a_replica_of_its_own_settings() -> None:
     assert versions == ["newer"]
 
 
+def test_answers_of_a_front_that_died_are_ended_and_others_go_on() -> None:
+    dead: set[str] = set()
+    asked: list[str] = []
+
+    async def is_dead(front: str) -> bool:
+        asked.append(front)
+        return front in dead
+
+    async def answer(watch: ray_deployments.FrontWatch, front: str | None, is_over: asyncio.Event) -> str:
+        try:
+            with watch.working(front):
+                await is_over.wait()
+        except asyncio.CancelledError:
+            return "cancelled"
+        return "ended"
+
+    async def run() -> list[str]:
+        watch, is_over = ray_deployments.FrontWatch(is_dead, 0.001), asyncio.Event()
+        fronts = ("first", "second", "second", None)
+        tasks = [asyncio.create_task(answer(watch, front, is_over)) for front in fronts]
+        while set(asked) != {"first", "second"}:
+            await asyncio.sleep(0.001)
+        dead.add("second")
+        await asyncio.wait(tasks[1:3])
+        is_over.set()
+        found = [await task for task in tasks]
+        while watch._watchers:  # nobody is watched who has no answers here
+            await asyncio.sleep(0.001)
+        assert not watch._answers
+        return found
+
+    assert asyncio.run(run()) == ["ended", "cancelled", "cancelled", "ended"]
+
+
 def test_a_front_takes_what_all_replicas_take() -> None:
     arguments = replicas.parse({"replicas": "1:3", "max_concurrency": 4, "max_queue": 5, **STORE})
     config = replicas._of_all(replicas._settings(arguments).config, 3)
@@ -152,6 +186,7 @@ def test_without_ray_the_extra_is_named() -> None:
 # ---- with Ray
 
 ADDRESS = "http://127.0.0.1:8765"
+LONG = {"prompt": "In the beginning", "max_tokens": 700, "ignore_eos": True, "stream": True}
 
 
 @pytest.fixture(scope="module")
@@ -349,12 +384,41 @@ def test_a_front_that_is_killed_cuts_its_own_requests_alone(cluster: str) -> Non
     assert len(load.failures) == num_before  # and nothing once the other has come
 
 
+@needs_ray
+def test_replicas_end_the_answers_of_fronts_that_died(cluster: str) -> None:
+    from ray import serve
+
+    handle = serve.get_deployment_handle("engine", replicas.APPLICATION)
+    body = {"model": "harmonium-demo", **LONG, "max_tokens": 1900, "n": 12}  # longer than a replica needs
+
+    def aborted() -> int:
+        """Of the replica that ended most so; of so many answers both are among them."""
+        found = [handle.statistics.remote(Route()).result() for _ in range(16)]
+        return max(one.finished.get("aborted", 0) for one in found)
+
+    before = aborted()
+    with httpx.stream("POST", f"{ADDRESS}/v1/completions", json=body, timeout=120) as answer:
+        lines = answer.iter_lines()
+        while not next(lines).startswith("data: {"):
+            pass
+        victims = replica_processes("server")
+        for process in victims:
+            os.kill(process, signal.SIGKILL)
+        with pytest.raises(httpx.HTTPError):
+            list(lines)
+    deadline = time.monotonic() + 60
+    while aborted() == before:
+        assert time.monotonic() < deadline, "it computes for nobody"
+        time.sleep(0.5)
+    while len(set(replica_processes("server")) - set(victims)) < 2:
+        assert time.monotonic() < deadline, "no front came in their place"
+        time.sleep(0.5)
+    streamed(chat())
+
+
 def cpu_ticks(process: int) -> int:
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     return int(fields[11]) + int(fields[12])
-
-
-LONG = {"prompt": "In the beginning", "max_tokens": 700, "ignore_eos": True, "stream": True}
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1, "seed": 7}])

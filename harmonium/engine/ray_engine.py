@@ -41,18 +41,19 @@ class ReplicaLost(UpstreamUnavailable):
 
 
 class Route:
-    """Where a call went, and what decides where it goes. It travels with the call, and arrives empty.
+    """Where a call went, and what decides where it goes. Of what it has only `front` arrives with the call.
 
-    blocks: `prefix_hashes` of its prompt, (): any replica does. tried: names of the replicas that had it; the
-    router, on its own thread, adds to them.
+    blocks: `prefix_hashes` of its prompt, (): any replica does. front: whose death ends the call; None:
+    nobody's. tried: names of the replicas that had it; the router, on its own thread, adds to them.
     """
 
-    def __init__(self, blocks: tuple[bytes, ...] = ()) -> None:
+    def __init__(self, blocks: tuple[bytes, ...] = (), front: Any = None) -> None:
         self.blocks = blocks
+        self.front = front
         self.tried: list[str] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Route, ()
+        return Route, ((), self.front)
 
 
 class Handle(Protocol):
@@ -74,10 +75,17 @@ class RayEngine:
     """
 
     def __init__(
-        self, handle: Handle, info: EngineInfo, read_error: Callable[[Exception], Exception]
+        self,
+        handle: Handle,
+        info: EngineInfo,
+        read_error: Callable[[Exception], Exception],
+        front: Any = None,
     ) -> None:
-        """read_error: what an exception of Ray's means: ReplicaLost, or what the replica raised."""
+        """read_error: what an exception of Ray's means: ReplicaLost, or what the replica raised. front: Ray's
+        handle of this process, by which replicas see that it lives.
+        """
         self._handle = handle
+        self._front = front
         self._info = replace(info, engine="ray")
         self._read_error = read_error
         self._is_closed = False
@@ -108,7 +116,8 @@ class RayEngine:
         """
         self.admit(request)
         request = _with_seed(request)
-        route = Route(tuple(prefix_hashes(request.token_ids, f"{request.adapter}/{request.cache_salt}")))
+        salt = f"{request.adapter}/{request.cache_salt}"
+        route = Route(tuple(prefix_hashes(request.token_ids, salt)), self._front)
         came: list[int] = []
         num_cached: int | None = None
         num_retried = num_resumed = 0

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from random import random
 from typing import Any
 
-from ray.exceptions import OwnerDiedError, RayActorError, RayError, RayTaskError, TaskCancelledError
+import ray
+from ray.exceptions import (
+    ActorDiedError,
+    OwnerDiedError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    TaskCancelledError,
+)
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.request_router import RequestRouter
 
@@ -122,3 +130,19 @@ def read_error(error: Exception) -> Exception:
     if isinstance(error, (RayError, RayServeException)):
         return EngineError(f"Ray failed: {type(error).__name__}")
     return error
+
+
+def this_process() -> Any:
+    """Ray's handle of the actor that runs here, by which others may see whether it lives."""
+    return ray.get_runtime_context().current_actor
+
+
+async def is_dead(actor: Any) -> bool:
+    """Whether Ray is sure of it: one that cannot be reached now may come back."""
+    try:
+        await actor.__ray_ready__.remote()
+    except ActorDiedError:
+        return True
+    except RayError:
+        return False
+    return False
