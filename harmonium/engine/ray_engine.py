@@ -142,13 +142,15 @@ class RayEngine:
                     raise
                 num_resumed += bool(came)
                 num_retried += not came
-                self._note(error, request.request_id, route, bool(came))
+                self._note(error, request.request_id, route, len(came))
 
-    def _note(self, error: EngineError | RequestError, request_id: str, route: Route, is_begun: bool) -> None:
-        self._num_retried += not is_begun
-        self._num_resumed += is_begun
+    def _note(
+        self, error: EngineError | RequestError, request_id: str, route: Route, num_tokens: int
+    ) -> None:
+        self._num_retried += not num_tokens
+        self._num_resumed += bool(num_tokens)
         where = route.tried[-1] if route.tried else "a replica"
-        _log.warning("%s: %s; %s goes on elsewhere", where, error, request_id)
+        _log.warning("%s: %s; %s goes on elsewhere behind %d tokens", where, error, request_id, num_tokens)
 
     async def _events(self, request: Request, route: Route) -> AsyncGenerator[TokenEvent, None]:
         """The events of one replica. One that ends what we did not is lost: it shuts down."""
@@ -212,7 +214,7 @@ class RayEngine:
             except ReplicaLost as error:
                 if self._is_closed:
                     raise EngineClosed("the engine is closed") from None
-                self._note(error, "score", route, False)
+                self._note(error, "score", route, 0)
             finally:
                 response.cancel()
         raise UpstreamUnavailable("the replicas that computed this died")
