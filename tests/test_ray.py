@@ -422,14 +422,13 @@ def cpu_ticks(process: int) -> int:
     return int(fields[11]) + int(fields[12])
 
 
-@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1, "seed": 7}])
+@pytest.mark.parametrize("seed", [7, 8])
 @needs_ray
-def test_a_stream_whose_replica_is_killed_goes_on_with_the_same_text(
-    cluster: str, sampling: dict[str, Any]
-) -> None:
+def test_a_stream_whose_replica_is_killed_goes_on_with_the_same_text(cluster: str, seed: int) -> None:
+    """Drawn: past its end the demo model has pairs of likeliest tokens between which rounding decides."""
+
     def read(kill_after: int | None) -> tuple[str, int]:
-        # Nothing is cached for a new salt: where two tokens are as likely to the last bits, a cache may decide.
-        body = {"model": "harmonium-demo", **LONG, **sampling, "cache_salt": str(time.monotonic())}
+        body = {"model": "harmonium-demo", **LONG, "temperature": 1, "seed": seed}
         text, victim, before = "", 0, {one: cpu_ticks(one) for one in replica_processes()}
         with httpx.stream("POST", f"{ADDRESS}/v1/completions", json=body, timeout=120) as answer:
             for line in answer.iter_lines():
