@@ -15,9 +15,11 @@ from statistics import median
 
 import numpy as np
 
-from harmonium.kernels import matmul, runtime
+from harmonium.kernels import matmul, runtime, unembedding
+from harmonium.kernels.unembedding import MAX_SCREENED_ROWS, Wish
 
 HIDDEN = 2880
+VOCABULARY = 201_088
 NUM_EXPERTS = 32
 NUM_ACTIVE = 4
 NUM_LAYERS = 3  # 1.2 GB of experts
@@ -58,6 +60,25 @@ def experts() -> Run:
     return run
 
 
+def logits(is_greedy: bool) -> Run:
+    """The unembedding: whole rows, or what greedy rows need of them, counted as the high halves alone."""
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((VOCABULARY, HIDDEN), dtype=np.float32)
+    weight = unembedding.quantize_unembedding((values.view(np.uint32) >> 16).astype(np.uint16))
+
+    def run(num_tokens: int, rng: np.random.Generator) -> tuple[int, float]:
+        x = rng.standard_normal((num_tokens, HIDDEN)).astype(np.float32)
+        out = np.zeros((num_tokens, VOCABULARY), np.float32)
+        start = time.perf_counter()
+        if is_greedy and num_tokens <= MAX_SCREENED_ROWS:
+            unembedding.screened_logits(x, weight, [Wish(1)] * num_tokens, out)
+            return weight.nbytes - VOCABULARY * HIDDEN // 2, time.perf_counter() - start
+        unembedding.logits(x, weight, out)
+        return weight.nbytes, time.perf_counter() - start
+
+    return run
+
+
 def dense(num_outputs: int, num_inputs: int, count: int) -> Run:
     """One call for each of `count` int8 matrices."""
     rng = np.random.default_rng(0)
@@ -94,7 +115,8 @@ def main() -> None:
         "experts packed": experts(),
         "qkv int8": dense(5120, HIDDEN, 24),
         "out int8": dense(HIDDEN, 4096, 24),
-        "unembedding int8": dense(201_088, HIDDEN, 1),
+        "unembedding": logits(is_greedy=False),
+        "unembedding, greedy": logits(is_greedy=True),
     }
     rng = np.random.default_rng(0)
     for num_tokens in map(int, arguments.tokens.split(",")):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from harmonium.kernels import gguf, matmul, ops, sampling, streamed
+from harmonium.kernels import gguf, matmul, ops, sampling, streamed, unembedding
 
 Case = tuple[str, Callable[[], object]]
 
@@ -48,6 +48,14 @@ def dense_cases() -> Iterator[Case]:
         yield f"linear_int8 {count}x480", _bind(matmul.linear_int8, x, weight, bias, out)
         yield f"linear_bf16 {count}x480", _bind(matmul.linear_bf16, x, weight_bits, bias, out)
         yield f"matmul_mxfp4 {count}x480", _bind(matmul.matmul_mxfp4, x, *mxfp4, bias, out)
+    split = unembedding.quantize_unembedding(weight_bits)
+    yield "quantize_unembedding 200x480", lambda: unembedding.quantize_unembedding(weight_bits)
+    for count in (1, 7):
+        x, out = floats(4, count, WIDTH), np.empty((count, 200), np.float32)
+        yield f"logits {count}x480", _bind(unembedding.logits, x, split, out)
+    x, out = floats(4, 2, WIDTH), np.empty((2, 200), np.float32)
+    wishes = [unembedding.Wish(1)] * 2
+    yield "screened_logits 2x480", _bind(unembedding.screened_logits, x, split, wishes, out)
     x, out = floats(5, 17, WIDTH), np.zeros((17, 200), np.float32)
     rows, a, b = np.arange(17, dtype=np.int32), floats(6, 8, WIDTH), floats(7, 8, 200)
     yield "low_rank 17x480, rank 8", _bind(matmul.low_rank, x, rows, a, b, 0.5, out)

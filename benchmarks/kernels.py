@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from harmonium.config import probe_hardware
-from harmonium.kernels import matmul, runtime
+from harmonium.kernels import matmul, runtime, unembedding
 from harmonium.kernels.matmul import Activations
 
 WIDTH = 2880  # D and F of gpt-oss-20b
@@ -139,7 +139,7 @@ def _expert_case(
     return Case(name, run, used * experts.bytes_per_expert, operations, kind == "decode")
 
 
-def _dense_case(name: str, weight: matmul.Int8Weight, num_tokens: int, is_bound_by_memory: bool) -> Case:
+def _dense_case(name: str, weight: matmul.Int8Weight, num_tokens: int) -> Case:
     x = _normal(num_tokens, weight.num_inputs)
     out = np.zeros((num_tokens, weight.num_outputs), np.float32)
 
@@ -147,7 +147,18 @@ def _dense_case(name: str, weight: matmul.Int8Weight, num_tokens: int, is_bound_
         matmul.linear_int8(x, weight, None, out)
 
     operations = 2 * num_tokens * weight.num_outputs * weight.num_inputs
-    return Case(f"{name} int8, {num_tokens}", run, weight.nbytes, operations, is_bound_by_memory)
+    return Case(f"{name} int8, {num_tokens}", run, weight.nbytes, operations, False)
+
+
+def _logits_case(weight: unembedding.SplitWeight, num_tokens: int) -> Case:
+    x = _normal(num_tokens, weight.num_inputs)
+    out = np.zeros((num_tokens, weight.num_outputs), np.float32)
+
+    def run() -> None:
+        unembedding.logits(x, weight, out)
+
+    operations = 2 * num_tokens * weight.num_outputs * weight.num_inputs
+    return Case(f"unembedding int8, {num_tokens}", run, weight.nbytes, operations, True)
 
 
 def _bf16_case(name: str, weight: matmul.Bf16, num_tokens: int, is_bound_by_memory: bool) -> Case:
@@ -179,16 +190,16 @@ def dense_cases() -> Iterator[Case]:
     bits[:] = np.random.default_rng(3).integers(0x3C00, 0x3D00, WIDTH, np.uint16)
 
     def quantize() -> None:
-        matmul.quantize_weight(bits)
+        unembedding.quantize_unembedding(bits)
 
     yield Case("quantize unembedding", quantize, bits.nbytes, 0, True)
-    unembedding = matmul.quantize_weight(bits)
+    split = unembedding.quantize_unembedding(bits)
     for count in (1, 2, 4, 8):
-        yield _dense_case("unembedding", unembedding, count, True)
+        yield _logits_case(split, count)
     yield _bf16_case("unembedding", bits, 1, True)
     qkv = matmul.quantize_weight(bits[:QKV_OUTPUTS])
     for count in (16, 64, 512):
-        yield _dense_case("qkv", qkv, count, False)
+        yield _dense_case("qkv", qkv, count)
     yield _bf16_case("qkv", bits[:QKV_OUTPUTS], 512, False)
 
 
