@@ -8,7 +8,7 @@
 // fair coins (4, 2, 1 and 1/2), which Hoeffding's lemma bounds: the sum S of errors times c_i is above t with
 // probability at most exp(-t^2 / (2 * 21.25 * sum c_i^2)), 21.25 being an error's variance.
 //
-// With t for a probability of 2^-79, an estimate of one of 2^18 logits is off by more in fewer than one step of 2^60:
+// With t for a probability of 2^-79, an estimate of one of 2^18 logits is off by more in fewer than one row of 2^60:
 // less often than memory flips a bit. A logit whose estimate plus t is below the k-th greatest exact one so far is
 // none of the k greatest, and its low halves are not read.
 #include <cmath>

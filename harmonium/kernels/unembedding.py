@@ -76,7 +76,7 @@ def logits(x_RD: F32, weight: SplitWeight, out_RV: F32) -> None:
 def screened_logits(x_RD: F32, weight: SplitWeight, wishes: Sequence[Wish], out_RV: F32) -> float:
     """Write to each row of out what its wish asks for: the same bits as `logits`, or minus infinity.
 
-    x: at most MAX_SCREENED_ROWS rows. That none of the greatest is missing is certain but for one step in
+    x: at most MAX_SCREENED_ROWS rows. That none of the greatest is missing is certain but for one row in
     2^60. Returns the share of the low halves that were read, 0 to 1: above a half it did not pay.
     """
     keep, allowed = [wish.keep for wish in wishes], [wish.allowed for wish in wishes]

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -130,14 +129,12 @@ def test_first_sigterm_lets_running_answers_end_and_refuses_new_ones(tmp_path: P
 
 
 def test_second_sigterm_ends_the_process_at_once(tmp_path: Path) -> None:
-    with process(tmp_path) as server:
+    with process(tmp_path, "--drain-timeout", "600") as server:
         thread, _ = streamed(server, "endless")
         server.child.send_signal(signal.SIGTERM)
         wait_until(lambda: httpx.get(f"{server.url}/health").json()["status"] == "draining")
-        began = time.monotonic()
         server.child.send_signal(signal.SIGTERM)
-        assert server.child.wait(5) == 128 + signal.SIGTERM
-        assert time.monotonic() - began < 2
+        assert server.child.wait(60) == 128 + signal.SIGTERM  # not after the drain
         thread.join(20)
 
 
