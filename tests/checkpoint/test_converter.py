@@ -132,6 +132,7 @@ def converted_bytes(path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     with monkeypatch.context() as patch:
         monkeypatch = patch
         spy(weights, "quantize_weight")
+        spy(weights, "quantize_unembedding")
         spy(gguf_weights, "q8_to_bf16")
         spy(gguf_weights, "panels_of_q8")
         with open_checkpoint(path) as checkpoint:
