@@ -69,19 +69,18 @@ inline void to_words(const std::uint8_t* in, std::uint8_t* words) {
 }
 
 void q8_to_panel(const std::uint8_t* rows, int num_rows, std::int64_t num_blocks, std::uint8_t* panel) {
-  const std::int64_t scales_at = num_blocks * kPanelBlockBytes;
-  auto* scales = reinterpret_cast<std::uint16_t*>(panel + scales_at);
-  std::memset(scales, 0, static_cast<std::size_t>(panel_bytes(num_blocks) - scales_at));
-  if (num_rows < kPanelRows) std::memset(panel, kInt8Offset, static_cast<std::size_t>(scales_at));
+  clear_partner(panel, num_blocks);
   for (std::int64_t b = 0; b < num_blocks; ++b) {
+    auto* scales = reinterpret_cast<std::uint16_t*>(panel + scales_at(b));
+    if (num_rows < kPanelRows) clear_block(panel, b, kInt8Offset);
     for (int r = 0; r < num_rows; ++r) {
       const std::uint8_t* block = rows + (r * num_blocks + b) * kGgmlQ8Bytes;
       const std::uint16_t scale = half_at(block);
       const bool is_number = (scale & 0x7c00) != 0x7c00;
-      scales[b * kPanelRows + r] = is_number ? to_bf16(half_to_float(scale)) : std::uint16_t{0x7fc0};
+      scales[r] = is_number ? to_bf16(half_to_float(scale)) : std::uint16_t{0x7fc0};
       std::uint8_t words[32];
       to_words(block + 2, words);
-      std::uint8_t* out = panel + b * kPanelBlockBytes + r * 4;
+      std::uint8_t* out = panel + weights_at(b) + r * 4;
       for (int part = 0; part < 8; ++part) std::memcpy(out + part * 64, words + part * 4, 4);
     }
   }

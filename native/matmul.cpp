@@ -274,17 +274,17 @@ void pack_mxfp4(const std::uint8_t* blocks, const std::uint8_t* scales, std::int
                 std::int64_t num_blocks, std::uint8_t* packed) {
   for (std::int64_t first = 0; first < num_outputs; first += kTileRows, packed += packed_bytes(num_blocks)) {
     const std::int64_t num_rows = std::min<std::int64_t>(kTileRows, num_outputs - first);
-    const std::int64_t used = num_blocks * kTileRows, scale_bytes = packed_scale_bytes(num_blocks);
-    if (num_rows < kTileRows) std::fill_n(packed, packed_bytes(num_blocks), std::uint8_t{0});
-    std::fill_n(packed + used, scale_bytes - used, std::uint8_t{0});
+    const std::int64_t last = num_rows < kTileRows ? 0 : num_blocks / 2 * kPairBytes;
+    std::fill_n(packed + last, packed_bytes(num_blocks) - last, std::uint8_t{0});
     for (std::int64_t r = 0; r < num_rows; ++r) {
       const std::uint8_t* from = blocks + (first + r) * num_blocks * 16;
       const std::uint8_t* scale = scales + (first + r) * num_blocks;
-      std::uint8_t* to = packed + scale_bytes + r / kPanelRows * (kPackedBlockBytes / 2) + r % kPanelRows * 4;
-      for (std::int64_t b = 0; b < num_blocks; ++b) {
-        packed[b * kTileRows + r] = scale[b];
+      const std::int64_t at = r / kPanelRows * (kBlockBytes / 2) + r % kPanelRows * 4;
+      BlockPlace place;
+      for (std::int64_t b = 0; b < num_blocks; ++b, place.go_on()) {
+        packed[place.scales + r] = scale[b];
         for (int part = 0; part < 4; ++part) {
-          std::memcpy(to + b * kPackedBlockBytes + part * 64, from + b * 16 + part * 4, 4);
+          std::memcpy(packed + place.weights + at + part * 64, from + b * 16 + part * 4, 4);
         }
       }
     }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "gguf.h"
 #include "low_rank.h"
@@ -13,8 +14,9 @@ constexpr int kBlock = 32;             // inputs that share one scale, in weight
 constexpr int kGroupBlocks = 4;        // blocks of a group: 16 bytes each of even (or odd) elements fill a zmm register
 constexpr int kGroupBytes = 128;       // int8 activations of a group
 constexpr int kPanelRows = 16;         // outputs of a panel: int32 lanes of a zmm register
-constexpr int kPanelBlockBytes = 512;  // weights of a panel for one block, without the scales
-constexpr int kPackedBlockBytes = 512;  // MXFP4 of a tile for one block, without the scales
+constexpr int kBlockBytes = 512;       // of a panel or a packed tile for one block, without the scales
+constexpr int kBlockScaleBytes = 32;   // their scales
+constexpr int kPairBytes = 1088;       // both, for two blocks
 constexpr int kTileRows = 32;          // outputs of a task's tile: two panels
 constexpr int kTileTokens = 6;         // tokens that the widest kernel multiplies with them at a time
 constexpr int kFewTokens = 8;          // so many and fewer are bound by memory rather than by arithmetic
@@ -43,23 +45,50 @@ static inline std::int64_t int8_row_bytes(std::int64_t num_blocks) {
 static inline std::int64_t scale_offset(std::int64_t num_blocks) { return num_groups(num_blocks) * kGroupBytes; }
 static inline std::int64_t start_offset(std::int64_t num_blocks) { return num_groups(num_blocks) * (kGroupBytes + 16); }
 
-// A panel: 16 outputs by all inputs.
-//   weights [blocks][8][16 rows][4] uint8 (value + offset): part 0..3 are the even elements of the block, four at a
-//           time, 4..7 the odd ones
-//   scales  [blocks][16 rows] bf16, padded to 64 bytes
-static inline std::int64_t panel_bytes(std::int64_t num_blocks) {
-  return num_blocks * kPanelBlockBytes + (num_blocks * kPanelRows * 2 + 63) / 64 * 64;
+// Panels and packed tiles lie in the order in which products read them, so that memory is one stream (scales that lie
+// apart are another, and cost a twelfth of the speed: docs/performance.md): pairs of blocks, each the scales of both,
+// one line of the cache, then the weights of both. Where the last block has no partner, that one's place is zero.
+static inline std::int64_t pairs_bytes(std::int64_t num_blocks) { return (num_blocks + 1) / 2 * kPairBytes; }
+static inline std::int64_t scales_at(std::int64_t block) { return (block >> 1) * kPairBytes + (block & 1) * kBlockScaleBytes; }
+static inline std::int64_t weights_at(std::int64_t block) {
+  return (block >> 1) * kPairBytes + 2 * kBlockScaleBytes + (block & 1) * kBlockBytes;
 }
 
-// A packed tile: 32 outputs of an MXFP4 matrix by all inputs, four bits each, in the order in which products read them,
-// so that memory is one stream.
-//   scales  [blocks][32 rows] e8m0, padded to 64 bytes; first, for they are wanted first
-//   nibbles [blocks][2 panels][4][16 rows][4] uint8: part g holds bytes 4g..4g+3 of each row's 16 bytes of the block
-// Rows that a matrix lacks are zero.
-static inline std::int64_t packed_scale_bytes(std::int64_t num_blocks) { return (num_blocks * kTileRows + 63) / 64 * 64; }
-static inline std::int64_t packed_bytes(std::int64_t num_blocks) {
-  return packed_scale_bytes(num_blocks) + num_blocks * kPackedBlockBytes;
+// Both for one block after the other, without the arithmetic.
+struct BlockPlace {
+  std::int64_t scales = 0, weights = 2 * kBlockScaleBytes;
+  std::int64_t scales_step = kBlockScaleBytes, weights_step = kBlockBytes;
+
+  void go_on() {
+    scales += scales_step;
+    weights += weights_step;
+    scales_step = kPairBytes - scales_step;
+    weights_step = kPairBytes - weights_step;
+  }
+};
+
+// A panel: 16 outputs by all inputs.
+//   scales  [16 rows] bf16
+//   weights [8][16 rows][4] uint8 (value + offset): part 0..3 are the even elements of the block, four at a time,
+//           4..7 the odd ones
+static inline std::int64_t panel_bytes(std::int64_t num_blocks) { return pairs_bytes(num_blocks); }
+
+// Scales of a block to zero, weights to `value`.
+static inline void clear_block(std::uint8_t* panel, std::int64_t block, int value) {
+  std::memset(panel + scales_at(block), 0, kBlockScaleBytes);
+  std::memset(panel + weights_at(block), value, kBlockBytes);
 }
+
+// The place that an odd last block leaves, to zero.
+static inline void clear_partner(std::uint8_t* panel, std::int64_t num_blocks) {
+  if (num_blocks % 2) clear_block(panel, num_blocks, 0);
+}
+
+// A packed tile: 32 outputs of an MXFP4 matrix by all inputs, four bits each.
+//   scales  [32 rows] e8m0
+//   weights [2 panels][4][16 rows][4] uint8: part g holds bytes 4g..4g+3 of each row's 16 bytes of the block
+// Rows that a matrix lacks are zero.
+static inline std::int64_t packed_bytes(std::int64_t num_blocks) { return pairs_bytes(num_blocks); }
 
 // A split panel: the same 16 outputs by all inputs, each weight's byte v = q + 120 + d in two halves of four bits, so
 // that the high halves alone can be read. d, 0 to 15, is the dither of the weight's input (native/split.cpp).

@@ -7,11 +7,10 @@ constexpr int kOdd = 4 * kPart;
 
 void split_panel(const std::uint8_t* panel, std::int64_t num_blocks, const std::uint8_t* dither, std::uint8_t* high,
                  std::uint8_t* low) {
-  const std::uint8_t* scales = panel + num_blocks * kPanelBlockBytes;
   constexpr int kShift = kInt8Offset - kSplitOffset;
   if (num_blocks % 2) __builtin_memset(high + num_blocks / 2 * kSplitPairBytes, 0, kSplitPairBytes);
   for (std::int64_t b = 0; b < num_blocks; ++b) {
-    const std::uint8_t* from = panel + b * kPanelBlockBytes;
+    const std::uint8_t* from = panel + weights_at(b);
     std::uint8_t* to = high + b / 2 * kSplitPairBytes + b % 2 * 256;
     for (int g = 0; g < 4; ++g) {
       std::uint8_t even_shift[kPart], odd_shift[kPart];
@@ -27,6 +26,6 @@ void split_panel(const std::uint8_t* panel, std::int64_t num_blocks, const std::
         low[b * kSplitLowBytes + g * kPart + i] = static_cast<std::uint8_t>((even & 15) | odd << 4);
       }
     }
-    __builtin_memcpy(high + b / 2 * kSplitPairBytes + 512 + b % 2 * 32, scales + b * 32, 32);
+    __builtin_memcpy(high + b / 2 * kSplitPairBytes + 512 + b % 2 * 32, panel + scales_at(b), kBlockScaleBytes);
   }
 }

@@ -257,28 +257,30 @@ def moe_mxfp4(
 def pack_mxfp4(blocks_NK: U8, scales_NB: U8, packed: U8) -> None:
     """Write blocks [N, B, 16] and scales [N, B] to tiles [ceil(N/32), bytes] (docs/kernels.md).
 
-    A tile: scales [B, 32 rows] padded to 64 bytes, then the blocks' [B, 2 panels, 4 parts, 16 rows, 4] bytes.
+    A tile: for each two blocks their scales [2, 32 rows], then their [2, 2 panels, 4, 16 rows, 4] bytes.
     """
     N, B, _ = blocks_NK.shape
-    tiles = -(-N // _TILE_ROWS)
-    blocks = np.zeros((tiles * _TILE_ROWS, B, 16), np.uint8)
-    scales = np.zeros((tiles * _TILE_ROWS, B), np.uint8)
-    blocks[:N], scales[:N] = blocks_NK, scales_NB
-    scale_bytes = packed.shape[1] - B * _TILE_ROWS * 16
-    packed[:] = 0
-    packed[:, : B * _TILE_ROWS] = scales.reshape(tiles, _TILE_ROWS, B).swapaxes(1, 2).reshape(tiles, -1)
-    parts = blocks.reshape(tiles, 2, 16, B, 4, 4).transpose(0, 3, 1, 4, 2, 5)
-    packed[:, scale_bytes:] = parts.reshape(tiles, -1)
+    tiles, pairs = packed.shape[0], -(-B // 2)
+    blocks = np.zeros((tiles * _TILE_ROWS, pairs * 2, 16), np.uint8)
+    scales = np.zeros((tiles * _TILE_ROWS, pairs * 2), np.uint8)
+    blocks[:N, :B], scales[:N, :B] = blocks_NK, scales_NB
+    to = packed.reshape(tiles, pairs, -1)
+    to[:, :, : 2 * _TILE_ROWS] = (
+        scales.reshape(tiles, _TILE_ROWS, -1).swapaxes(1, 2).reshape(tiles, pairs, -1)
+    )
+    parts = blocks.reshape(tiles, 2, 16, pairs * 2, 4, 4).transpose(0, 3, 1, 4, 2, 5)
+    to[:, :, 2 * _TILE_ROWS :] = parts.reshape(tiles, pairs, -1)
 
 
 def _unpack(packed: U8, num_outputs: int, num_inputs: int) -> tuple[U8, U8]:
     """What `pack_mxfp4` took for each of E matrices: blocks [E, N, B, 16] and scales [E, N, B]."""
-    E, tiles, size = packed.shape
+    E, tiles, _ = packed.shape
     B = num_inputs // _BLOCK
-    scales = packed[:, :, : B * _TILE_ROWS].reshape(E, tiles, B, _TILE_ROWS).swapaxes(2, 3)
-    parts = packed[:, :, size - B * _TILE_ROWS * 16 :].reshape(E, tiles, B, 2, 4, 16, 4)
-    blocks = parts.transpose(0, 1, 3, 5, 2, 4, 6).reshape(E, tiles * _TILE_ROWS, B, 16)
-    return blocks[:, :num_outputs], scales.reshape(E, tiles * _TILE_ROWS, B)[:, :num_outputs]
+    pairs = packed.reshape(E, tiles, -(-B // 2), -1)
+    scales = pairs[..., : 2 * _TILE_ROWS].reshape(E, tiles, -1, _TILE_ROWS).swapaxes(2, 3)
+    parts = pairs[..., 2 * _TILE_ROWS :].reshape(E, tiles, -1, 2, 4, 16, 4)
+    blocks = parts.transpose(0, 1, 3, 5, 2, 4, 6).reshape(E, tiles * _TILE_ROWS, -1, 16)
+    return blocks[:, :num_outputs, :B], scales.reshape(E, tiles * _TILE_ROWS, -1)[:, :num_outputs, :B]
 
 
 def moe_packed(

@@ -167,9 +167,9 @@ def dense_bytes(config: ModelConfig, weights: Weights) -> int:
 
 
 def int8_weight_bytes(num_outputs: int, num_inputs: int) -> int:
-    """An int8 matrix in panels of 16 outputs: a byte a weight and a bf16 scale per 32 inputs."""
+    """An int8 matrix in panels of 16 outputs, of each two blocks of 32 inputs 1,088 bytes (docs/kernels.md)."""
     num_blocks = math.ceil(num_inputs / 32)
-    panel = num_blocks * 512 + math.ceil(num_blocks * 32 / 64) * 64
+    panel = math.ceil(num_blocks / 2) * 1088
     return math.ceil(num_outputs / 16) * panel
 
 

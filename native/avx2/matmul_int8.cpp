@@ -61,11 +61,13 @@ void quantize_row(const float* x, int64_t num_inputs, int offset, float factor, 
 
 void quantize_panel(const uint16_t* weight, int num_rows, int64_t num_inputs, float most_q, uint8_t* panel) {
   const int64_t num_blocks = num_inputs / kBlock;
-  auto* scales = reinterpret_cast<uint16_t*>(panel + num_blocks * kPanelBlockBytes);
-  memset(scales, 0, panel_bytes(num_blocks) - num_blocks * kPanelBlockBytes);
-  if (num_rows < kPanelRows) memset(panel, kInt8Offset, num_blocks * kPanelBlockBytes);
+  clear_partner(panel, num_blocks);
+  if (num_rows < kPanelRows) {
+    for (int64_t b = 0; b < num_blocks; ++b) clear_block(panel, b, kInt8Offset);
+  }
   for (int r = 0; r < num_rows; ++r) {
-    for (int64_t b = 0; b < num_blocks; ++b) {
+    BlockPlace place;
+    for (int64_t b = 0; b < num_blocks; ++b, place.go_on()) {
       __m256 v[4];
       __m256i most4 = _mm256_setzero_si256();
       for (int i = 0; i < 4; ++i) {
@@ -75,7 +77,7 @@ void quantize_panel(const uint16_t* weight, int num_rows, int64_t num_inputs, fl
       const uint32_t most = reduce_max(most4) >> 1;
       // Rounded up to bf16, so that no quotient passes most_q.
       const uint32_t up = most >= 0x7f800000u ? 0x7fc0u : (to_bits(from_bits(most) / most_q) + 0xffffu) >> 16;
-      scales[b * kPanelRows + r] = static_cast<uint16_t>(up);
+      reinterpret_cast<uint16_t*>(panel + place.scales)[r] = static_cast<uint16_t>(up);
       const bool none = most == 0 || most >= 0x7f800000u;
       const __m256 scale = _mm256_set1_ps(none ? 1.0f : from_bits(up << 16));
       __m256i q[4];
@@ -84,7 +86,7 @@ void quantize_panel(const uint16_t* weight, int num_rows, int64_t num_inputs, fl
       }
       alignas(32) uint32_t bytes[8];
       store(bytes, _mm256_xor_si256(split_even_odd(pack_bytes(q)), _mm256_set1_epi8(static_cast<char>(kInt8Offset))));
-      uint8_t* out = panel + b * kPanelBlockBytes + r * 4;
+      uint8_t* out = panel + place.weights + r * 4;
       for (int part = 0; part < 8; ++part) memcpy(out + part * 64, bytes + part, 4);
     }
   }
@@ -95,21 +97,20 @@ void mxfp4_to_panels(const uint8_t* blocks, const uint8_t* scales, int num_rows,
   const __m128i nibble = _mm_set1_epi8(15);
   for (int p = 0; p < 2; ++p) {
     uint8_t* panel = panels + p * panel_bytes(num_blocks);
-    auto* out = reinterpret_cast<uint16_t*>(panel + num_blocks * kPanelBlockBytes);
     const int rows = num_rows - p * kPanelRows < kPanelRows ? num_rows - p * kPanelRows : kPanelRows;
     if (rows < kPanelRows) {
-      memset(panel, kMxfp4Offset, num_blocks * kPanelBlockBytes);
-      memset(out, 0, panel_bytes(num_blocks) - num_blocks * kPanelBlockBytes);
+      for (int64_t b = 0; b < num_blocks; ++b) clear_block(panel, b, kMxfp4Offset);
     }
     for (int r = 0; r < rows; ++r) {
       const int64_t first = (p * kPanelRows + r) * num_blocks;
-      for (int64_t b = 0; b < num_blocks; ++b) {
-        out[b * kPanelRows + r] = static_cast<uint16_t>(e8m0_bits(scales[first + b]) >> 16);
+      BlockPlace place;
+      for (int64_t b = 0; b < num_blocks; ++b, place.go_on()) {
+        reinterpret_cast<uint16_t*>(panel + place.scales)[r] = static_cast<uint16_t>(e8m0_bits(scales[first + b]) >> 16);
         const __m128i v = load128(blocks + (first + b) * 16);
         const __m256i index = _mm256_set_m128i(_mm_and_si128(_mm_srli_epi16(v, 4), nibble), _mm_and_si128(v, nibble));
         alignas(32) uint32_t values[8];
         store(values, _mm256_shuffle_epi8(table, index));
-        uint8_t* w = panel + b * kPanelBlockBytes + r * 4;
+        uint8_t* w = panel + place.weights + r * 4;
         for (int part = 0; part < 8; ++part) memcpy(w + part * 64, values + part, 4);
       }
     }
@@ -165,7 +166,6 @@ inline __attribute__((always_inline)) void add_small_block(const uint8_t* weight
 template <int NT, bool kSmall>
 void panel_tile(const uint8_t* panel, int64_t num_blocks, const uint8_t* x, int64_t row_bytes, const int32_t* token,
                 float* tile) {
-  const auto* scales = reinterpret_cast<const uint16_t*>(panel + num_blocks * kPanelBlockBytes);
   const int64_t scale_at = scale_offset(num_blocks), start_at = start_offset(num_blocks);
   const uint8_t* row[NT];
   __m256 sum[NT][2];
@@ -173,16 +173,17 @@ void panel_tile(const uint8_t* panel, int64_t num_blocks, const uint8_t* x, int6
     row[t] = x + token[t] * row_bytes;
     sum[t][0] = sum[t][1] = _mm256_setzero_ps();
   }
-  for (int64_t b = 0; b < num_blocks; ++b) {
+  BlockPlace place;
+  for (int64_t b = 0; b < num_blocks; ++b, place.go_on()) {
     const int64_t at = b / kGroupBlocks * kGroupBytes + b % kGroupBlocks * 16;
     __m256i acc[NT][2];
     for (int t = 0; t < NT; ++t) acc[t][0] = acc[t][1] = _mm256_set1_epi32(dword(row[t] + start_at + b * 4));
     if (kSmall)
-      add_small_block<NT>(panel + b * kPanelBlockBytes, row, at, acc);
+      add_small_block<NT>(panel + place.weights, row, at, acc);
     else
-      add_block<NT>(panel + b * kPanelBlockBytes, row, at, acc);
+      add_block<NT>(panel + place.weights, row, at, acc);
     for (int h = 0; h < 2; ++h) {
-      const __m256 ws = expand_bf16(scales + b * kPanelRows + h * 8);
+      const __m256 ws = expand_bf16(reinterpret_cast<const uint16_t*>(panel + place.scales) + h * 8);
       for (int t = 0; t < NT; ++t) {
         const __m256 both = _mm256_mul_ps(ws, _mm256_set1_ps(from_bits(dword(row[t] + scale_at + b * 4))));
         sum[t][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[t][h]), both, sum[t][h]);

@@ -46,20 +46,22 @@ void quantize_row(const float* x, int64_t num_inputs, int offset, float factor, 
 
 void quantize_panel(const uint16_t* weight, int num_rows, int64_t num_inputs, float most_q, uint8_t* panel) {
   const int64_t num_blocks = num_inputs / kBlock;
-  auto* scales = reinterpret_cast<uint16_t*>(panel + num_blocks * kPanelBlockBytes);
-  memset(scales, 0, panel_bytes(num_blocks) - num_blocks * kPanelBlockBytes);
-  if (num_rows < kPanelRows) memset(panel, kInt8Offset, num_blocks * kPanelBlockBytes);
+  clear_partner(panel, num_blocks);
+  if (num_rows < kPanelRows) {
+    for (int64_t b = 0; b < num_blocks; ++b) clear_block(panel, b, kInt8Offset);
+  }
   const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
   for (int r = 0; r < num_rows; ++r) {
     const uint16_t* w = weight + r * num_inputs;
-    for (int64_t b = 0; b < num_blocks; ++b) {
+    BlockPlace place;
+    for (int64_t b = 0; b < num_blocks; ++b, place.go_on()) {
       const __m512i pair = _mm512_loadu_si512(w + b * kBlock);
       __m512i even = _mm512_slli_epi32(pair, 16), odd = _mm512_and_si512(pair, high);
       const __m512i bits = _mm512_max_epu32(_mm512_slli_epi32(even, 1), _mm512_slli_epi32(odd, 1));
       const uint32_t most = _mm512_reduce_max_epu32(bits) >> 1;
       // Rounded up to bf16, so that no quotient passes most_q.
       const uint32_t up = most >= 0x7f800000u ? 0x7fc0u : (to_bits(from_bits(most) / most_q) + 0xffffu) >> 16;
-      scales[b * kPanelRows + r] = static_cast<uint16_t>(up);
+      reinterpret_cast<uint16_t*>(panel + place.scales)[r] = static_cast<uint16_t>(up);
       if (most >= 0x7f800000u) even = odd = _mm512_setzero_si512();
       const __m512 scale = _mm512_set1_ps(most == 0 ? 1.0f : from_bits(up << 16));
       const __m512i offset = _mm512_set1_epi32(kInt8Offset);
@@ -70,7 +72,7 @@ void quantize_panel(const uint16_t* weight, int num_rows, int64_t num_inputs, fl
       _mm_store_si128(reinterpret_cast<__m128i*>(q + 4),
                       _mm512_cvtepi32_epi8(_mm512_add_epi32(
                           offset, _mm512_cvtps_epi32(_mm512_div_ps(_mm512_castsi512_ps(odd), scale)))));
-      uint8_t* out = panel + b * kPanelBlockBytes + r * 4;
+      uint8_t* out = panel + place.weights + r * 4;
       for (int part = 0; part < 8; ++part) memcpy(out + part * 64, q + part, 4);
     }
   }
@@ -141,7 +143,6 @@ inline __attribute__((always_inline)) __m512 scale_of(__m512i v, int i) {
 template <bool kWhole>
 void mxfp4_to_panel(const uint8_t* blocks, const uint8_t* scales, int num_rows, int64_t num_blocks, uint8_t* panel) {
   const __m512i table = mxfp4_table(), nibble = _mm512_set1_epi8(15);
-  auto* out = reinterpret_cast<uint16_t*>(panel + num_blocks * kPanelBlockBytes);
   if (kWhole) prefetch_next_scales(scales, num_blocks);
   for (int64_t chunk = 0; chunk < num_blocks; chunk += 16) {
     __m512i exponent[4];
@@ -151,14 +152,14 @@ void mxfp4_to_panel(const uint8_t* blocks, const uint8_t* scales, int num_rows, 
       if (kWhole && i % kGroupBlocks == 0) prefetch_next_rows(blocks + b * 16, num_blocks * 16);
       __m512i v[4];
       transpose_block<kWhole>(blocks + b * 16, num_rows, num_blocks * 16, v);
-      uint8_t* w = panel + b * kPanelBlockBytes;
+      uint8_t* w = panel + weights_at(b);
       for (int g = 0; g < 4; ++g) {
         _mm512_storeu_si512(w + g * 64, _mm512_shuffle_epi8(table, _mm512_and_si512(v[g], nibble)));
         _mm512_storeu_si512(w + 256 + g * 64,
                             _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(v[g], 4), nibble)));
       }
       const __m512i bits = _mm512_castps_si512(scale_of(exponent[i / 4], i % 4));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + b * kPanelRows),
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(panel + scales_at(b)),
                           _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
     }
   }
@@ -176,10 +177,13 @@ void mxfp4_to_panels(const uint8_t* blocks, const uint8_t* scales, int num_rows,
   }
 }
 
-// How panels come from memory (measured: docs/performance.md). One token: as the hardware fetches them, which follows
-// two streams best alone. More in one pass: each stream so far ahead of its loads. Several passes: what will be read
-// next comes into L2 evenly over the blocks of all of them, and the products hide the memory.
-constexpr int64_t kStreamAhead = 4096;
+// How panels come from memory (measured: docs/performance.md). One pass: so far ahead of the loads; for one token panel
+// by panel, which is one stream. Several passes: what will be read next comes into L2 evenly over the blocks of all of
+// them, and the products hide the memory.
+constexpr int64_t kStreamAhead = 6144;
+inline __attribute__((always_inline)) void fetch(const uint8_t* from) {
+  _mm_prefetch(reinterpret_cast<const char*>(from + kStreamAhead), _MM_HINT_NTA);
+}
 
 // Whether every float's exponent is far from both ends, so that those of two factors can be added: 2^-63 to 2^63.
 inline __attribute__((always_inline)) bool are_moderate(__m512i least, __m512i most) {
@@ -189,10 +193,10 @@ inline __attribute__((always_inline)) bool are_moderate(__m512i least, __m512i m
 bool are_moderate(const uint8_t* panels, int num_panels, int64_t num_blocks) {
   __m512i least = _mm512_set1_epi32(-1), most = _mm512_setzero_si512();
   for (int p = 0; p < num_panels; ++p) {
-    const uint8_t* scales = panels + p * panel_bytes(num_blocks) + num_blocks * kPanelBlockBytes;
+    const uint8_t* panel = panels + p * panel_bytes(num_blocks);
     for (int64_t b = 0; b < num_blocks; ++b) {
       const __m512i bits = _mm512_castps_si512(
-          expand_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales + b * kPanelRows * 2))));
+          expand_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel + scales_at(b)))));
       least = _mm512_min_epu32(least, bits);
       most = _mm512_max_epu32(most, bits);
     }
@@ -230,10 +234,15 @@ void panel_tile(const uint8_t* panels, int64_t num_blocks, const uint8_t* x, int
   }
   const int64_t scale_at = scale_offset(num_blocks), start_at = start_offset(num_blocks);
   const int64_t stride = panel_bytes(num_blocks);
-  for (int64_t b = 0; b < num_blocks; ++b) {
+  // By pairs of blocks, so that where a block lies in its pair is known to the compiler.
+  const auto block = [&](const uint8_t* pair, int64_t b, int half) __attribute__((always_inline)) {
     const int64_t at = b / kGroupBlocks * kGroupBytes + b % kGroupBlocks * 16;
-    const uint8_t* w = panels + b * kPanelBlockBytes;
+    const uint8_t* w = pair + weights_at(half);
+    const uint8_t* scales = pair + scales_at(half);
     ahead.go_on();
+    if (kStream && half == 0) {
+      for (int p = 0; p < NP; ++p) fetch(scales + p * stride);
+    }
     __m512i acc[NT][NP];
     for (int t = 0; t < NT; ++t) {
       for (int p = 0; p < NP; ++p) acc[t][p] = _mm512_set1_epi32(dword(row[t] + start_at + b * 4));
@@ -243,7 +252,7 @@ void panel_tile(const uint8_t* panels, int64_t num_blocks, const uint8_t* x, int
       __m512i v[NP];
       for (int p = 0; p < NP; ++p) {
         const uint8_t* from = w + p * stride + part * 64;
-        if (kStream) _mm_prefetch(reinterpret_cast<const char*>(from + kStreamAhead), _MM_HINT_NTA);
+        if (kStream) fetch(from);
         v[p] = _mm512_loadu_si512(from);
       }
       for (int t = 0; t < NT; ++t) {
@@ -252,8 +261,7 @@ void panel_tile(const uint8_t* panels, int64_t num_blocks, const uint8_t* x, int
       }
     }
     for (int p = 0; p < NP; ++p) {
-      const __m512 scale = expand_bf16(_mm256_loadu_si256(
-          reinterpret_cast<const __m256i*>(panels + p * stride + num_blocks * kPanelBlockBytes + b * kPanelRows * 2)));
+      const __m512 scale = expand_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales + p * stride)));
       const __m512i power = _mm512_sub_epi32(_mm512_castps_si512(scale), _mm512_set1_epi32(127 << 23));
       for (int t = 0; t < NT; ++t) {
         const __m512i own = _mm512_set1_epi32(dword(row[t] + scale_at + b * 4));
@@ -262,6 +270,10 @@ void panel_tile(const uint8_t* panels, int64_t num_blocks, const uint8_t* x, int
         sum[t][p] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[t][p]), both, sum[t][p]);
       }
     }
+  };
+  for (int64_t b = 0; b < num_blocks; b += 2, panels += kPairBytes) {
+    block(panels, b, 0);
+    if (b + 1 < num_blocks) block(panels, b + 1, 1);
   }
   for (int t = 0; t < NT; ++t) {
     for (int p = 0; p < NP; ++p) _mm512_storeu_ps(tile + t * kTileRows + p * kPanelRows, sum[t][p]);
@@ -275,7 +287,7 @@ void panel_tiles(const uint8_t* panels, int64_t num_blocks, const uint8_t* x, in
   constexpr Fn by_count[kTileTokens] = {panel_tile<1, NP, kPower, false>, panel_tile<2, NP, kPower, false>,
                                         panel_tile<3, NP, kPower, false>, panel_tile<4, NP, kPower, false>,
                                         panel_tile<5, NP, kPower, false>, panel_tile<6, NP, kPower, false>};
-  constexpr Fn streamed[kTileTokens] = {panel_tile<1, NP, kPower, false>, panel_tile<2, NP, kPower, true>,
+  constexpr Fn streamed[kTileTokens] = {panel_tile<1, NP, kPower, true>, panel_tile<2, NP, kPower, true>,
                                         panel_tile<3, NP, kPower, true>,  panel_tile<4, NP, kPower, true>,
                                         panel_tile<5, NP, kPower, true>,  panel_tile<6, NP, kPower, true>};
   int passes = (num_tokens + kTileTokens - 1) / kTileTokens;
@@ -293,6 +305,13 @@ void panel_product(const uint8_t* panels, int num_panels, int64_t num_blocks, in
                    int64_t row_bytes, const int32_t* token, int num_tokens, Next next, float* tile) {
   const bool is_power = offset == kMxfp4Offset && are_moderate(panels, num_panels, num_blocks) &&
                         are_moderate(x, row_bytes, token, num_tokens, num_blocks);
+  if (num_tokens == 1) {
+    for (int p = 0; p < num_panels; ++p) {
+      (is_power ? panel_tiles<1, true> : panel_tiles<1, false>)(panels + p * panel_bytes(num_blocks), num_blocks, x,
+                                                                row_bytes, token, 1, next, tile + p * kPanelRows);
+    }
+    return;
+  }
   const auto tiles = num_panels == 2 ? (is_power ? panel_tiles<2, true> : panel_tiles<2, false>)
                                      : (is_power ? panel_tiles<1, true> : panel_tiles<1, false>);
   tiles(panels, num_blocks, x, row_bytes, token, num_tokens, next, tile);

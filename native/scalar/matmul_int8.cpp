@@ -43,9 +43,8 @@ int panel_byte(int i) { return ((i & 1) * 4 + i / 8) * 64 + i / 2 % 4; }
 
 void quantize_panel(const uint16_t* weight, int num_rows, int64_t num_inputs, float most_q, uint8_t* panel) {
   const int64_t num_blocks = num_inputs / kBlock;
-  memset(panel, kInt8Offset, static_cast<size_t>(num_blocks * kPanelBlockBytes));
-  auto* scales = reinterpret_cast<uint16_t*>(panel + num_blocks * kPanelBlockBytes);
-  memset(scales, 0, static_cast<size_t>(panel_bytes(num_blocks) - num_blocks * kPanelBlockBytes));
+  clear_partner(panel, num_blocks);
+  for (int64_t b = 0; b < num_blocks; ++b) clear_block(panel, b, kInt8Offset);
   for (int r = 0; r < num_rows; ++r) {
     for (int64_t b = 0; b < num_blocks; ++b) {
       const uint16_t* w = weight + r * num_inputs + b * kBlock;
@@ -56,11 +55,11 @@ void quantize_panel(const uint16_t* weight, int num_rows, int64_t num_inputs, fl
       }
       // Rounded up to bf16, so that no quotient passes most_q.
       const uint32_t up = most >= 0x7f80u ? 0x7fc0u : (to_bits(from_bits(most << 16) / most_q) + 0xffffu) >> 16;
-      scales[b * kPanelRows + r] = static_cast<uint16_t>(up);
+      reinterpret_cast<uint16_t*>(panel + scales_at(b))[r] = static_cast<uint16_t>(up);
       if (most >= 0x7f80u || most == 0) continue;
       const float scale = from_bits(up << 16);
       for (int i = 0; i < kBlock; ++i) {
-        panel[b * kPanelBlockBytes + panel_byte(i) + r * 4] =
+        panel[weights_at(b) + panel_byte(i) + r * 4] =
             static_cast<uint8_t>(lrintf(from_bf16(w[i]) / scale) + kInt8Offset);
       }
     }
@@ -70,16 +69,14 @@ void quantize_panel(const uint16_t* weight, int num_rows, int64_t num_inputs, fl
 void mxfp4_to_panels(const uint8_t* blocks, const uint8_t* scales, int num_rows, int64_t num_blocks, uint8_t* panels) {
   for (int p = 0; p < 2; ++p) {
     uint8_t* panel = panels + p * panel_bytes(num_blocks);
-    memset(panel, kMxfp4Offset, static_cast<size_t>(num_blocks * kPanelBlockBytes));
-    auto* out = reinterpret_cast<uint16_t*>(panel + num_blocks * kPanelBlockBytes);
-    memset(out, 0, static_cast<size_t>(panel_bytes(num_blocks) - num_blocks * kPanelBlockBytes));
+    for (int64_t b = 0; b < num_blocks; ++b) clear_block(panel, b, kMxfp4Offset);
     for (int r = 0; r < kPanelRows && p * kPanelRows + r < num_rows; ++r) {
       const int64_t first = (p * kPanelRows + r) * num_blocks;
       for (int64_t b = 0; b < num_blocks; ++b) {
-        out[b * kPanelRows + r] = static_cast<uint16_t>(e8m0_bits(scales[first + b]) >> 16);
+        reinterpret_cast<uint16_t*>(panel + scales_at(b))[r] = static_cast<uint16_t>(e8m0_bits(scales[first + b]) >> 16);
         for (int i = 0; i < kBlock; ++i) {
           const int nibble = blocks[(first + b) * 16 + i / 2] >> (i & 1) * 4 & 15;
-          panel[b * kPanelBlockBytes + panel_byte(i) + r * 4] = static_cast<uint8_t>(kTwiceE2m1[nibble] + kMxfp4Offset);
+          panel[weights_at(b) + panel_byte(i) + r * 4] = static_cast<uint8_t>(kTwiceE2m1[nibble] + kMxfp4Offset);
         }
       }
     }
@@ -94,20 +91,20 @@ void panel_product(const uint8_t* panels, int num_panels, int64_t num_blocks, in
     const auto* start = reinterpret_cast<const int32_t*>(row + start_offset(num_blocks));
     for (int p = 0; p < num_panels; ++p) {
       const uint8_t* panel = panels + p * panel_bytes(num_blocks);
-      const auto* scales = reinterpret_cast<const uint16_t*>(panel + num_blocks * kPanelBlockBytes);
       float sum[kPanelRows] = {};
       for (int64_t b = 0; b < num_blocks; ++b) {
         int32_t acc[kPanelRows];
         for (int r = 0; r < kPanelRows; ++r) acc[r] = start[b];
         for (int part = 0; part < 8; ++part) {
           const auto* a = reinterpret_cast<const int8_t*>(row + byte_of(b, part / 4) + part % 4 * 4);
-          const uint8_t* w = panel + b * kPanelBlockBytes + part * 64;
+          const uint8_t* w = panel + weights_at(b) + part * 64;
           for (int r = 0; r < kPanelRows; ++r) {
             for (int i = 0; i < 4; ++i) acc[r] += w[r * 4 + i] * a[i];
           }
         }
+        const auto* scales = reinterpret_cast<const uint16_t*>(panel + scales_at(b));
         for (int r = 0; r < kPanelRows; ++r) {
-          sum[r] += static_cast<float>(acc[r]) * (from_bf16(scales[b * kPanelRows + r]) * scale[b]);
+          sum[r] += static_cast<float>(acc[r]) * (from_bf16(scales[r]) * scale[b]);
         }
       }
       memcpy(tile + t * kTileRows + p * kPanelRows, sum, sizeof sum);

@@ -97,11 +97,12 @@ def test_dense_products_are_the_specification(
 def unpacked(weight: matmul.Int8Weight) -> tuple[npt.NDArray[np.int32], Floats]:
     """q [N, K] and scale [N, K/32] out of the panels, read as docs/kernels.md describes them."""
     num_blocks = weight.num_inputs // 32
-    split = num_blocks * 512
+    pairs = weight.panels.reshape(len(weight.panels), -1, 1088)
+    blocks = pairs[..., 64:].reshape(len(pairs), -1, 512)[:, :num_blocks]
     # [panel, block, parity, four, row, within] -> [panel, row, block, four, within, parity]
-    q = weight.panels[:, :split].reshape(-1, num_blocks, 2, 4, 16, 4).transpose(0, 4, 1, 3, 5, 2)
-    scale = weight.panels[:, split : split + num_blocks * 32].copy().view(np.uint16)
-    scale_rows = scale.reshape(-1, num_blocks, 16).transpose(0, 2, 1).reshape(-1, num_blocks)
+    q = blocks.reshape(-1, num_blocks, 2, 4, 16, 4).transpose(0, 4, 1, 3, 5, 2)
+    scale = pairs[..., :64].copy().view(np.uint16).reshape(len(pairs), -1, 16)[:, :num_blocks]
+    scale_rows = scale.transpose(0, 2, 1).reshape(-1, num_blocks)
     rows = q.reshape(-1, weight.num_inputs).astype(np.int32) - 128
     return rows[: weight.num_outputs], from_bf16(scale_rows[: weight.num_outputs])
 
