@@ -167,7 +167,7 @@ def dense_bytes(config: ModelConfig, weights: Weights) -> int:
 
 
 def int8_weight_bytes(num_outputs: int, num_inputs: int) -> int:
-    """An int8 matrix in panels of 16 outputs, of each two blocks of 32 inputs 1,088 bytes (docs/kernels.md)."""
+    """An int8 matrix in panels of 16 outputs: 1,088 bytes for two blocks (docs/kernels.md)."""
     num_blocks = math.ceil(num_inputs / 32)
     panel = math.ceil(num_blocks / 2) * 1088
     return math.ceil(num_outputs / 16) * panel
