@@ -150,14 +150,17 @@ Pool& pool() {
   return *p;
 }
 
-void pin(std::thread& worker, int core) {
+// To any of the cores, not to one each: the caller is a thread like any other, and while a worker sleeps it may have
+// moved to that worker's core. Bound to it, the worker then shares it with the caller for milliseconds of a step, until
+// the system moves the caller away.
+void keep_to(std::thread& worker, const int* cores, int num_cores) {
 #if defined(__linux__)
   cpu_set_t set;
   CPU_ZERO(&set);
-  CPU_SET(core, &set);
+  for (int i = 0; i < num_cores; ++i) CPU_SET(cores[i], &set);
   pthread_setaffinity_np(worker.native_handle(), sizeof set, &set);  // best effort: refused cores are not an error
 #else
-  (void)worker, (void)core;
+  (void)worker, (void)cores, (void)num_cores;
 #endif
 }
 
@@ -172,7 +175,7 @@ void set_num_threads(int count, const int* cores, int num_cores) {
   p.scratch.resize(static_cast<std::size_t>(count) * kSlots);
   for (int i = 1; i < count; ++i) {
     p.workers.emplace_back([&p, i] { p.work(i); });
-    if (count <= num_cores) pin(p.workers.back(), cores[i]);
+    if (count <= num_cores) keep_to(p.workers.back(), cores, num_cores);
   }
 }
 

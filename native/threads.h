@@ -9,8 +9,8 @@ namespace harmonium {
 // Number of threads that share a parallel_for, the caller included.
 int num_threads();
 
-// Make the pool use `count` threads, the caller included; worker i is pinned to cores[i] if `num_cores` allows
-// (num_cores 0: no pinning). The calling thread itself is not pinned. Not to be called while kernels run.
+// Make the pool use `count` threads, the caller included. Workers run on the `cores` if there are at least `count` of
+// them (else anywhere), the caller where it likes. Not to be called while kernels run.
 void set_num_threads(int count, const int* cores, int num_cores);
 
 // Function of a task: `task` in [0, num_tasks), `thread` in [0, num_threads()) for scratch that a thread owns.
