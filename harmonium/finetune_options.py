@@ -22,6 +22,7 @@ _METHODS, _OPTIMIZERS, _SCHEDULES = (
     ("cosine", "linear", "constant", "wsd"),
 )
 _EFFORTS, _FORMATS, _DTYPES = ("low", "medium", "high"), ("mxfp4", "bf16"), ("float32", "bfloat16")
+_DEVICES = ("auto", "cpu", "cuda")
 
 _GROUPS: dict[str, tuple[tuple[str, Any, Any, str], ...]] = {
     "what is trained": (
@@ -59,6 +60,7 @@ _GROUPS: dict[str, tuple[tuple[str, Any, Any, str], ...]] = {
         ("--balance", "X", float, "weight of the experts' even use (default 0.01; LoRA without router: 0)"),
         ("--gradient-checkpointing", None, bool, "less memory, a third more time"),
         ("--seed", "N", int, "the same seed gives the same run on one thread (default 0)"),
+        ("--device", _DEVICES, str, "where it is computed (default auto: a GPU where PyTorch finds one)"),
         ("--threads", "N", int, "of each process (default: the cores that this process may use)"),
         ("--processes", "N", int, "that share the batches of a step (--accumulate; default 1)"),
         ("--compile", None, bool, "drawn data: compile first, which takes a minute and a C++ compiler"),

@@ -109,7 +109,8 @@ class Optimizer:
             if f"adamw.step.{name}" not in state:
                 continue  # never had a gradient
             self._adamw.state[value] = {
-                part: state[f"adamw.{part}.{name}"].clone() for part in ("step", "exp_avg", "exp_avg_sq")
+                part: state[f"adamw.{part}.{name}"].to(value.device, copy=True)
+                for part in ("step", "exp_avg", "exp_avg_sq")
             }
 
 

@@ -28,7 +28,9 @@ from harmonium.finetune.rows import samples_of_rows
 from harmonium.finetune.settings import FinetuneSettings
 from harmonium.finetune.state import TRAINING, RunFolder
 from harmonium.finetune.train import Source, TrainResult, Watch, batch_tokens, mean_loss, train
+from harmonium.model.attention import Device
 from harmonium.model.torch import TorchModel
+from harmonium.model.torch_device import probe_case, torch_device
 
 SUMMARY_NAME = "finetune.json"
 """Says what a finished run was; where it is, there is nothing to go on with."""
@@ -61,6 +63,16 @@ def finetune(settings: FinetuneSettings, say: Any = None) -> FinetuneResult:
     MemoryPlanError for full training of a model that is too large, and what `train` raises.
     """
     say = say or (lambda line: None)
+    try:
+        return _finetune(settings, say)
+    except torch.OutOfMemoryError as error:
+        raise MemoryPlanError(
+            f"the GPU's memory is full ({str(error).split('. ')[0]}); expected less of it in use: a smaller "
+            "--batch-tokens (with --accumulate) or --max-tokens, --gradient-checkpointing, or --device cpu"
+        ) from None
+
+
+def _finetune(settings: FinetuneSettings, say: Any) -> FinetuneResult:
     out = _checked_out(settings)
     if settings.processes > 1 and settings.threads is None:
         cores = len(probe_hardware(()).cores)
@@ -116,11 +128,21 @@ def _prepare(settings: FinetuneSettings, say: Any) -> _Prepared:
         raise ConfigError("compile is for data that a program draws (--data MODULE:NAME)")
     samples, held, report = _read_samples(settings)
     say(report.text())
-    model, lora = _model(settings)
+    device = _device(settings)
+    model, lora = _model(settings, device)
+    model.to(torch_device(device))
     prepared = _Prepared(model, lora, samples, held, report)
     held_text = f", {len(held):,} held out" if held else ""
-    say(f"training {prepared.num_trained:,} numbers on {len(samples):,} samples{held_text}")
+    where = "" if device.kind == "cpu" else f", on {device} ({device.name})"
+    say(f"training {prepared.num_trained:,} numbers on {len(samples):,} samples{held_text}{where}")
     return prepared
+
+
+def _device(settings: FinetuneSettings) -> Device:
+    """Where a run trains; processes share CPUs. Raises ConfigError for "cuda" where there is none."""
+    if settings.processes > 1:
+        return Device("cpu")
+    return probe_case(settings.device).device
 
 
 def _prepare_drawn(settings: FinetuneSettings) -> _Prepared:
@@ -130,6 +152,10 @@ def _prepare_drawn(settings: FinetuneSettings) -> _Prepared:
             f"data is the program {settings.data!r}; expected --method full --from-scratch CONFIG.json and "
             "--max-steps N beside it"
         )
+    if settings.device == "cuda":
+        raise ConfigError(
+            "device is 'cuda', and data that a program draws is trained on the CPU; expected 'cpu' or 'auto'"
+        )
     if settings.gradient_checkpointing or settings.validation is not None:
         raise ConfigError(
             "gradient_checkpointing and validation are not for data that a program draws: it draws its own"
@@ -137,7 +163,7 @@ def _prepare_drawn(settings: FinetuneSettings) -> _Prepared:
     data = load_drawn(str(settings.data))
     config = read_config(Path(settings.from_scratch).expanduser()).model
     used = data.used_tokens()
-    _refuse_large(replace(config, vocabulary_size=len(used) + 1))
+    _refuse_large(replace(config, vocabulary_size=len(used) + 1), Device("cpu"))
     model = CompactModel(config, used, settings.seed)
     vectors = data.initial_vectors(model.used, config.hidden_size)
     if vectors is not None:
@@ -208,15 +234,15 @@ def _read_samples(settings: FinetuneSettings) -> tuple[list[Sample], list[Sample
     return samples, [], report
 
 
-def _model(settings: FinetuneSettings) -> tuple[TorchModel, Lora | None]:
+def _model(settings: FinetuneSettings, device: Device) -> tuple[TorchModel, Lora | None]:
     if settings.from_scratch is not None:
         config = read_config(Path(settings.from_scratch).expanduser()).model
-        _refuse_large(config)
+        _refuse_large(config, device)
         return TorchModel.from_config(config, settings.seed, _dtype(settings, config)), None
     with open_checkpoint(Path(str(settings.model)).expanduser()) as opened:
         dtype = _dtype(settings, opened.config)
         if settings.method == "full":
-            _refuse_large(opened.config)
+            _refuse_large(opened.config, device)
             return TorchModel.from_checkpoint(opened, dtype, "float"), None
         model = TorchModel.from_checkpoint(opened, dtype)
     adapter = LoraSettings(settings.rank, settings.lora_alpha, settings.targets, settings.shares_a)  # type: ignore[arg-type]
@@ -236,12 +262,15 @@ def _num_weights(config: ModelConfig, with_experts: bool = True) -> int:
     return sum(size for name, size in sizes if with_experts or ".experts." not in name)
 
 
-def _refuse_large(config: ModelConfig) -> None:
+def _refuse_large(config: ModelConfig, device: Device) -> None:
     needed, there = BYTES_OF_FULL * _num_weights(config), probe_hardware(()).memory_total_bytes
+    if device.kind != "cpu":
+        there = device.free_bytes
     if needed > there:
+        where = f" on {device.name}" if device.kind != "cpu" else ""
         raise MemoryPlanError(
             f"full training of {_num_weights(config):,} weights needs {needed / 1e9:.1f} GB, and there are "
-            f"{there / 1e9:.1f} GB; expected --method lora, or a smaller model"
+            f"{there / 1e9:.1f} GB{where}; expected --method lora, or a smaller model"
         )
 
 
@@ -263,9 +292,10 @@ def _written_loss(prepared: _Prepared, settings: FinetuneSettings, out: Path) ->
     if not held:
         return None
     batches = packed_batches(held, batch_tokens(settings, held))
+    there = torch_device(Device("cpu") if isinstance(samples, DrawnRows) else _device(settings))
     if settings.method == "full":
-        return mean_loss(TorchModel.from_checkpoint(out), batches)
+        return mean_loss(TorchModel.from_checkpoint(out).to(there), batches)
     with open_checkpoint(Path(str(settings.model)).expanduser()) as opened:
         model = TorchModel.from_checkpoint(opened, _dtype(settings, opened.config))
     load_lora(model, out)
-    return mean_loss(model, batches)
+    return mean_loss(model.to(there), batches)

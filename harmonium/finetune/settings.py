@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from harmonium.config import DeviceSetting
 from harmonium.errors import ConfigError
 
 Method = Literal["lora", "full"]
@@ -23,6 +24,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "effort": ("low", "medium", "high"),
     "export": ("mxfp4", "bf16"),
     "dtype": ("float32", "bfloat16"),
+    "device": ("auto", "cpu", "cuda"),
 }
 _TARGETS = ("attention", "experts", "router")
 
@@ -70,9 +72,21 @@ _FLAGS = frozenset(
 )
 
 NOT_IN_A_RUN = frozenset(
-    {"out", "resume", "threads", "processes", "compile", "save_every", "tensorboard", "data", "model"}
+    {
+        "out",
+        "resume",
+        "threads",
+        "processes",
+        "compile",
+        "save_every",
+        "tensorboard",
+        "data",
+        "model",
+        "device",
+    }
 )
-"""Settings that may differ when a run goes on: they do not change its numbers, or are compared otherwise."""
+"""Settings that may differ when a run goes on: they change its numbers by rounding at most, or are compared
+otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +98,8 @@ class FinetuneSettings:
     lines. quantize_last: share of the steps of full training in which the experts are used as MXFP4 rounds
     them. batch_tokens: rows of one forward pass. warmup: share of the steps; decay: the same, in which `wsd`
     (warm-up, stable, decay) falls. clip 0: no clipping. processes: that share the batches of a step. compile:
-    let PyTorch compile what it can, for data that a program draws.
+    let PyTorch compile what it can, for data that a program draws. device: where one process trains; "auto"
+    is a GPU where PyTorch finds one.
     """
 
     model: str | None = None
@@ -97,6 +112,7 @@ class FinetuneSettings:
     alpha: float | None = None
     shares_a: bool = False
     dtype: str | None = None
+    device: DeviceSetting = "auto"
     export: str = "mxfp4"
     quantize_last: float = 0.25
     validation: str | float | None = None
@@ -141,6 +157,10 @@ class FinetuneSettings:
             raise ConfigError(
                 f"processes is {self.processes}, and a step has {self.accumulate} batches (accumulate); "
                 "expected no more processes than batches, which they share"
+            )
+        if self.processes > 1 and self.device == "cuda":
+            raise ConfigError(
+                f"device is 'cuda' and processes is {self.processes}, which share the CPU's cores; expected 1"
             )
         if self.early_stopping is not None and self.validation is None:
             raise ConfigError("early_stopping needs validation: a file, or a share of the lines")

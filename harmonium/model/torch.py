@@ -252,9 +252,14 @@ class TorchModel(nn.Module):
 
     def angles(self, position_T: npt.NDArray[np.int32]) -> tuple[Tensor, Tensor]:
         """(cos, sin) [T, K/2], float32 on the model's device."""
-        cos, sin = rope_tables(position_T, self._frequencies, attention_factor(self.config.rope))
+        cos_TK2, sin_TK2 = self.host_angles(position_T)
         device = self.lm_head.weight.device
-        return torch.from_numpy(cos).to(device), torch.from_numpy(sin).to(device)
+        return cos_TK2.to(device), sin_TK2.to(device)
+
+    def host_angles(self, position_T: npt.NDArray[np.int32]) -> tuple[Tensor, Tensor]:
+        """(cos, sin) [T, K/2], float32 on the CPU."""
+        cos, sin = rope_tables(position_T, self._frequencies, attention_factor(self.config.rope))
+        return torch.from_numpy(cos), torch.from_numpy(sin)
 
 
 def rotate(x: Tensor, cos_TK2: Tensor, sin_TK2: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ rounds as an export does and lets the gradient through: training sees the number
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -31,10 +32,14 @@ def _tables() -> tuple[Tensor, Tensor]:
 _PAIRS, _FACTORS = _tables()
 
 
+@cache
+def _tables_there(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return _PAIRS.to(device, dtype), _FACTORS.to(device, dtype)
+
+
 def dequantize(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 blocks [N, n, 16] and scales [N, n] -> dtype [N, 32 n]."""
-    pairs = _PAIRS.to(blocks.device, dtype)
-    factors = _FACTORS.to(blocks.device, dtype)
+    pairs, factors = _tables_there(blocks.device, dtype)
     # int32 indices: index_select takes them, and int64 would be eight bytes for each of half a byte.
     values = pairs.index_select(0, blocks.reshape(-1).int()).view(-1, BLOCK_SIZE)
     values *= factors.index_select(0, scales.reshape(-1).int())[:, None]

@@ -7,13 +7,12 @@ their blocks in each layer of a step; the Triton kernel reads the blocks where t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -27,6 +26,8 @@ from harmonium.model.sampler import sample_rows
 from harmonium.model.torch import TorchModel
 from harmonium.model.torch_backends import GATHERED
 from harmonium.model.torch_device import torch_device
+from harmonium.model.torch_graphs import CudaRecording, Recording, StepGraphs, recorded_blocks
+from harmonium.model.torch_step import StepInputs, block_table, ids, slots
 
 _TRITON = "harmonium.model.torch_triton"
 """Of the modules with our Triton kernels."""
@@ -37,7 +38,8 @@ class TorchRunner:
 
     The cache has the model's dtype and device. checkpoint: closed with the runner, where one is given.
     attention: one of model.attention's names, which must run on the model's device. triton_experts: multiply
-    MXFP4 experts with our Triton kernels.
+    MXFP4 experts with our Triton kernels. recording: makes recordings of decoding steps (model.torch_graphs),
+    which takes Triton for both; None: nothing is recorded.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class TorchRunner:
         checkpoint: Checkpoint | None = None,
         attention: str = "eager",
         triton_experts: bool = False,
+        recording: Callable[[], Recording] | None = None,
     ) -> None:
         self._model: TorchModel | None = model
         self._config = model.config
@@ -60,6 +63,10 @@ class TorchRunner:
         if triton_experts and model.experts == "mxfp4":
             self._experts = import_module(f"{_TRITON}_experts").triton_experts
         self._caches: list[tuple[Tensor, Tensor]] = []
+        self._graphs: StepGraphs | None = None
+        if recording is not None:
+            assert self._paged is not None and self._experts is not None, "others wait for the device"
+            self._graphs = StepGraphs(self._compute, model.lm_head.weight.device, recording)
 
     @property
     def config(self) -> ModelConfig:
@@ -82,32 +89,59 @@ class TorchRunner:
     @torch.inference_mode()
     def step(self, batch: Batch) -> StepResult:
         """See Runner. Raises EngineClosed after `close`, EngineError when a row of logits holds NaN."""
-        model = self._model
-        if model is None:
+        if self._model is None:
             raise EngineClosed("the runner has been closed")
         assert batch.token_id_T.size <= self._max_batch_tokens, f"{batch.token_id_T.size} tokens"
-        device = model.lm_head.weight.device
-        cos_TK2, sin_TK2 = model.angles(batch.position_T)
-        hidden_TD: Tensor = model.model.embed_tokens(_ids(batch.token_id_T, device))
-        slots = {kind: _slots(batch, kind, device) for kind in dict.fromkeys(self._config.layer_kinds)}
-        tiles = self._tiles(batch, device) if self._paged is not None else {}
+        num_blocks = recorded_blocks(batch) if self._graphs is not None else 0
+        inputs = self._inputs(self._model, batch, num_blocks)
+        if num_blocks:
+            assert self._graphs is not None
+            logits = self._graphs.logits(num_blocks, inputs)
+        else:
+            logits = self._compute(inputs.to(self._model.lm_head.weight.device), batch).float().cpu()
+        logits_RV = np.ascontiguousarray(logits.numpy())
+        tokens = sample_rows(logits_RV, batch.sampling)
+        return StepResult(tokens, logits_RV.copy() if batch.wants_logits else None)
+
+    def _inputs(self, model: TorchModel, batch: Batch, num_blocks: int) -> StepInputs:
+        """On the host. num_blocks: of a sequence, that attention is cut for; 0: as many as there are."""
+        kinds = tuple(dict.fromkeys(self._config.layer_kinds))
+        return StepInputs(
+            ids(batch.token_id_T),
+            *model.host_angles(batch.position_T),
+            ids(batch.logit_row_R),
+            {kind: slots(batch, kind) for kind in kinds},
+            {kind: self._tiles(batch, kind, num_blocks) for kind in kinds if self._paged is not None},
+        )
+
+    def _compute(self, inputs: StepInputs, batch: Batch | None = None) -> Tensor:
+        """Logits [R, V] in the model's dtype. batch: for attention that takes gathered keys."""
+        model = self._model
+        assert model is not None
+        hidden_TD: Tensor = model.model.embed_tokens(inputs.token_id_T)
         for index, layer in enumerate(model.model.layers):
             attention: Any = layer.self_attn
-            query, key, value = attention.project(layer.input_layernorm(hidden_TD), cos_TK2, sin_TK2)  # type: ignore[operator]
-            self._store(index, slots, key, value)
+            query, key, value = attention.project(
+                layer.input_layernorm(hidden_TD),  # type: ignore[operator]
+                inputs.cos_TK2,
+                inputs.sin_TK2,
+            )
+            self._store(index, inputs.slots, key, value)
             if self._paged is not None:
-                mixed_THK = self._attend_paged(index, tiles, attention.sinks, query)
+                mixed_THK = self._attend_paged(index, inputs.tiles, attention.sinks, query)
             else:
+                assert batch is not None
                 mixed_THK = self._attend(index, batch, attention.sinks, query)
             hidden_TD = hidden_TD + attention.o_proj(mixed_THK.flatten(1))
             hidden_TD = hidden_TD + self._feed_forward(layer.mlp, layer.post_attention_layernorm(hidden_TD))  # type: ignore[operator]
-        hidden_RD = model.model.norm(hidden_TD.index_select(0, _ids(batch.logit_row_R, device)))
-        logits_RV = np.ascontiguousarray(model.lm_head(hidden_RD).float().cpu().numpy())
-        return StepResult(sample_rows(logits_RV, batch.sampling), logits_RV if batch.wants_logits else None)
+        logits_RV: Tensor = model.lm_head(model.model.norm(hidden_TD.index_select(0, inputs.row_R)))
+        return logits_RV
 
     def close(self) -> None:
         self._model = None
         self._caches.clear()
+        if self._graphs is not None:
+            self._graphs.close()
         if self._checkpoint is not None:
             self._checkpoint.close()
 
@@ -118,21 +152,19 @@ class TorchRunner:
         for cache, new in zip(self._caches[index], (key_TGK, value_TGK), strict=True):
             cache.flatten(0, 1).index_copy_(0, slot_T, new)
 
-    def _tiles(self, batch: Batch, device: torch.device) -> dict[LayerKind, Any]:
-        """How the step's queries are cut, for each kind of layer: the same in all of them."""
+    def _tiles(self, batch: Batch, kind: LayerKind, num_blocks: int) -> Any:
+        """How the step's queries are cut in the layers of a kind, on the host."""
         config = self._config
-        return {
-            kind: self._paged.lay_out(
-                batch.position_T,
-                batch.query_start_S1,
-                _block_table(batch, kind),
-                config.window if kind == "window" else 0,
-                config.num_heads,
-                config.num_kv_heads,
-                device,
-            )
-            for kind in dict.fromkeys(config.layer_kinds)
-        }
+        return self._paged.lay_out(
+            batch.position_T,
+            batch.query_start_S1,
+            block_table(batch, kind, num_blocks),
+            config.window if kind == "window" else 0,
+            config.num_heads,
+            config.num_kv_heads,
+            torch.device("cpu"),
+            num_blocks * CACHE_BLOCK_TOKENS,
+        )
 
     def _attend_paged(
         self, index: int, tiles: Mapping[LayerKind, Any], sink_H: Tensor, query_THK: Tensor
@@ -155,7 +187,7 @@ class TorchRunner:
     def _attend(self, index: int, batch: Batch, sink_H: Tensor, query_THK: Tensor) -> Tensor:
         """Each sequence against its own blocks, those before the window left out: [T, H, K]."""
         kind = self._config.layer_kinds[index]
-        table_SB, device = _block_table(batch, kind), query_THK.device
+        table_SB, device = block_table(batch, kind), query_THK.device
         window, scale = self._config.window if kind == "window" else 0, self._config.head_size**-0.5
         assert self._mix is not None
         answers = []
@@ -165,7 +197,7 @@ class TorchRunner:
             first_block = first_seen // CACHE_BLOCK_TOKENS
             block_B = table_SB[s, first_block : -(-context // CACHE_BLOCK_TOKENS)]
             assert block_B.min() >= 0, "a token of the context has no block"
-            blocks, offset = _ids(block_B, device), first_block * CACHE_BLOCK_TOKENS
+            blocks, offset = ids(block_B).to(device), first_block * CACHE_BLOCK_TOKENS
             # The tail of the last block is not there yet.
             key, value = (
                 cache.index_select(0, blocks).flatten(0, 1)[: context - offset]
@@ -175,20 +207,6 @@ class TorchRunner:
         return torch.cat(answers)
 
 
-def _block_table(batch: Batch, kind: LayerKind) -> npt.NDArray[np.int32]:
-    return batch.full_block_SB if kind == "full" else batch.window_block_SB
-
-
-def _slots(batch: Batch, kind: LayerKind, device: torch.device) -> Tensor:
-    """Where each token's key and value go, in the caches of all layers of a kind."""
-    table_SB = _block_table(batch, kind)
-    sequence_T = np.repeat(np.arange(len(table_SB)), np.diff(batch.query_start_S1))
-    block_T = table_SB[sequence_T, batch.position_T // CACHE_BLOCK_TOKENS]
-    assert block_T.min() >= 0, "a token of the step has no block"
-    slot_T = block_T.astype(np.int64) * CACHE_BLOCK_TOKENS + batch.position_T % CACHE_BLOCK_TOKENS
-    return torch.from_numpy(slot_T).to(device)
-
-
 @contextmanager
 def _memory_errors() -> Iterator[None]:
     """A card's lack of memory is Python's MemoryError, as the machine's is."""
@@ -196,10 +214,6 @@ def _memory_errors() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise MemoryError(str(error)) from error
-
-
-def _ids(array: npt.NDArray[Any], device: torch.device) -> Tensor:
-    return torch.from_numpy(array.astype(np.int64)).to(device)
 
 
 def load_torch_runner(
@@ -213,10 +227,12 @@ def load_torch_runner(
     model = TorchModel.from_checkpoint(checkpoint, getattr(torch, attention.dtype)).requires_grad_(False)
     with _memory_errors():
         model = model.to(torch_device(attention.device))
+    has_kernels = attention.name == "triton" and attention.has_triton_experts and model.experts == "mxfp4"
     return TorchRunner(
         model,
         max_batch_tokens,
         checkpoint,
         attention.name,
         attention.has_triton_experts,
+        CudaRecording if has_kernels and attention.device.kind == "cuda" else None,
     )

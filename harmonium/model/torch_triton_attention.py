@@ -63,8 +63,12 @@ def lay_out(
     num_heads: int,
     num_kv_heads: int,
     device: torch.device,
+    capacity: int = 0,
 ) -> PagedTiles:
-    """Cut a step's queries into tiles. window: 0 is full attention."""
+    """Cut a step's queries into tiles. window: 0 is full attention.
+
+    capacity: cut as if a sequence had so many positions; 0: as many as there are.
+    """
     group = num_heads // num_kv_heads
     count_S = np.diff(query_start_S1)
     rows = max(16 if count_S.max() == 1 else 64, triton.next_power_of_2(group))
@@ -82,6 +86,9 @@ def lay_out(
     first_X = np.maximum(0, tile_X4[:, 2] - window + 1) if window else np.zeros_like(tile_X4[:, 2])
     first_X -= first_X % CACHE_BLOCK_TOKENS
     longest = int((tile_X4[:, 1] + tile_X4[:, 2] - first_X).max())
+    if capacity:
+        # A window may begin anywhere in its first block.
+        longest = max(longest, min(capacity, window + CACHE_BLOCK_TOKENS) if window else capacity)
     wanted = -(-WANTED_PROGRAMS // (len(tiles) * num_kv_heads))
     piece = max(SHORTEST_PIECE, -(-longest // wanted))
     piece += -piece % CACHE_BLOCK_TOKENS

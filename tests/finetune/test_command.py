@@ -12,6 +12,7 @@ import pytest
 from harmonium.checkpoint import open_checkpoint
 from harmonium.cli import main
 from harmonium.errors import ConfigError
+from harmonium.model.attention import Device
 from harmonium.testing import make_tiny_checkpoint
 
 LINE = {
@@ -134,4 +135,20 @@ def test_full_training_of_a_large_model_is_refused_before_it_starts() -> None:
 
     large = tiny_config(num_layers=24, hidden_size=2880, expert_size=2880, num_experts=4096)
     with pytest.raises(ConfigError, match=r"full training of .* weights needs .* GB"):
-        _refuse_large(large)
+        _refuse_large(large, Device("cpu"))
+    card = Device("cuda", (9, 0), "Some Card", 1 << 30)
+    with pytest.raises(ConfigError, match=r"there are 1\.1 GB on Some Card; expected --method lora"):
+        _refuse_large(large, card)
+
+
+def test_a_gpu_that_is_not_there_is_named(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    words = [base, "--data", data(tmp_path), "--device", "cuda", "--out", tmp_path / "out"]
+    assert main(["finetune", *map(str, words)]) == 2
+    assert "device is 'cuda' and PyTorch" in capsys.readouterr().err
+    words += ["--processes", "2", "--accumulate", "2"]
+    assert main(["finetune", *map(str, words)]) == 2
+    assert "processes is 2, which share the CPU's cores; expected 1" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The Triton kernels in its interpreter: against the format, plain formulas and the model's reference."""
+"""The Triton kernels, in its interpreter or on a GPU: against the format, plain formulas, the reference."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from harmonium.model.reference import ReferenceModel
 from tests.model.driver import Driver
 from tests.model.tiny_models import CONFIGS, prompt, tiny_checkpoint, tiny_folder
 from tests.model.torch_extra import torch
-from tests.model.triton_extra import triton
+from tests.model.triton_extra import IS_COMPILED, THERE, triton
 
 import triton.language as tl  # isort: skip
 from harmonium.model import torch_trial, torch_triton_attention, torch_triton_experts  # isort: skip
@@ -27,8 +27,6 @@ from harmonium.model.torch import TorchModel  # isort: skip
 from harmonium.model.torch_runner import TorchRunner  # isort: skip
 from harmonium.model.torch_triton_attention import lay_out, paged_attention  # isort: skip
 from harmonium.model.torch_triton_experts import group_pairs, triton_experts  # isort: skip
-
-CPU = torch.device("cpu")
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -45,8 +43,10 @@ def test_every_byte_and_scale_is_the_formats_number_to_the_bit() -> None:
     scale = np.array([0, 1, 2, 3, 126, 127, 128, 200, 253, 254, 255], np.uint8)
     blocks = np.arange(256, dtype=np.uint8).reshape(1, 16, 16).repeat(len(scale), 0)
     scales = scale[:, None].repeat(16, 1)
-    out = torch.full((16, 512), float("nan"))
-    _decode[(1,)](torch.from_numpy(blocks), torch.from_numpy(scales), out, len(scale), 16, ROWS=16, BLOCKS=16)
+    out = torch.full((16, 512), float("nan"), device=THERE)
+    held = torch.from_numpy(blocks).to(THERE), torch.from_numpy(scales).to(THERE)
+    _decode[(1,)](*held, out, len(scale), 16, ROWS=16, BLOCKS=16)
+    out = out.cpu()
     with np.errstate(over="ignore"):
         expected = decode_mxfp4(blocks, scales)
     # A whole number has no negative zero; nothing that is computed from it differs.
@@ -55,7 +55,12 @@ def test_every_byte_and_scale_is_the_formats_number_to_the_bit() -> None:
 
 
 def _mlp(name: str, dtype: Any = torch.float32) -> Any:
-    return TorchModel.from_checkpoint(tiny_checkpoint(name), dtype).requires_grad_(False).model.layers[0].mlp
+    model = TorchModel.from_checkpoint(tiny_checkpoint(name), dtype).requires_grad_(False)
+    return model.model.layers[0].mlp.to(THERE)
+
+
+def _random(seed: int, *shape: int) -> Any:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(THERE)
 
 
 @pytest.mark.parametrize("tokens", [3, 5, 40])
@@ -63,7 +68,7 @@ def _mlp(name: str, dtype: Any = torch.float32) -> Any:
 def test_experts_answer_as_plain_pytorch_does(name: str, tokens: int) -> None:
     """Vectors up to 4 tokens, small tiles, large tiles; widths that are no multiple of a program's."""
     mlp = _mlp(name)
-    x_TD = torch.randn(tokens, CONFIGS[name].hidden_size, generator=torch.Generator().manual_seed(tokens))
+    x_TD = _random(tokens, tokens, CONFIGS[name].hidden_size)
     _, expert_id_TA, weight_TA = mlp.router(x_TD)
     found = triton_experts(mlp.experts, x_TD, expert_id_TA, weight_TA)
     torch.testing.assert_close(found, mlp.experts(x_TD, expert_id_TA, weight_TA), rtol=1e-5, atol=1e-5)
@@ -72,7 +77,7 @@ def test_experts_answer_as_plain_pytorch_does(name: str, tokens: int) -> None:
 @pytest.mark.parametrize("tokens", [2, 20])
 def test_bf16_experts_are_off_by_its_rounding(tokens: int) -> None:
     mlp, exact = _mlp("narrow", torch.bfloat16), _mlp("narrow")
-    x_TD = torch.randn(tokens, 96, generator=torch.Generator().manual_seed(7)).bfloat16()
+    x_TD = _random(7, tokens, 96).bfloat16()
     _, expert_id_TA, weight_TA = mlp.router(x_TD)
     found = triton_experts(mlp.experts, x_TD, expert_id_TA, weight_TA)
     expected = exact.experts(x_TD.float(), expert_id_TA, weight_TA)
@@ -85,8 +90,8 @@ def test_nan_in_an_expert_is_not_hidden() -> None:
     experts = mlp.experts
     experts.gate_up_proj_scales = experts.gate_up_proj_scales.clone()
     experts.gate_up_proj_scales[3, 0] = 255
-    x_TD, weight_TA = torch.randn(6, 96), torch.full((6, 2), 0.5)
-    expert_id_TA = torch.tensor([[0, 1], [3, 2], [0, 2], [1, 3], [4, 0], [1, 2]])
+    x_TD, weight_TA = _random(1, 6, 96), torch.full((6, 2), 0.5, device=THERE)
+    expert_id_TA = torch.tensor([[0, 1], [3, 2], [0, 2], [1, 3], [4, 0], [1, 2]], device=THERE)
     for rows in (slice(0, 3), slice(0, 6)):
         found = triton_experts(experts, x_TD[rows], expert_id_TA[rows], weight_TA[rows])
         assert found.isnan().any(1).tolist() == (expert_id_TA[rows] == 3).any(1).tolist()
@@ -96,7 +101,7 @@ def test_nan_in_an_expert_is_not_hidden() -> None:
 def test_tiles_hold_every_pair_once_with_its_expert(num_pairs: int) -> None:
     for num_experts, skew in ((5, 1), (32, 1), (32, 6)):
         ids = torch.rand(num_pairs, generator=torch.Generator().manual_seed(num_pairs)) ** skew * num_experts
-        expert_id_Y = ids.int()
+        expert_id_Y = ids.int().to(THERE)
         tiles = group_pairs(expert_id_Y, num_experts)
         held = []
         for expert, start, stop in zip(tiles.expert_X, tiles.start_X, tiles.stop_X, strict=True):
@@ -109,7 +114,7 @@ def test_tiles_hold_every_pair_once_with_its_expert(num_pairs: int) -> None:
 def _cache(lengths: list[int], news: list[int], window: int, shape: tuple[int, ...]) -> tuple[Any, Any, Any]:
     """(keys, values, block table), with NaN wherever nothing may be read."""
     generator, rng = torch.Generator().manual_seed(sum(lengths)), np.random.default_rng(3)
-    key, value = (torch.randn(24, 32, *shape, generator=generator) for _ in range(2))
+    key, value = (torch.randn(24, 32, *shape, generator=generator).to(THERE) for _ in range(2))
     free, width = rng.permutation(24).tolist(), max(-(-length // 32) for length in lengths)
     table_SB = np.full((len(lengths), width), -1, np.int32)
     for s, (length, new) in enumerate(zip(lengths, news, strict=True)):
@@ -128,7 +133,8 @@ def _plain(query: Any, key: Any, value: Any, sink: Any, window: int, scale: floa
     repeat = query.shape[1] // key.shape[1]
     key, value = (x.double().repeat_interleave(repeat, 1) for x in (key, value))
     score = torch.einsum("qhk,shk->hqs", query.double(), key) * scale
-    row, column = torch.arange(len(key) - len(query), len(key))[:, None], torch.arange(len(key))
+    column = torch.arange(len(key), device=key.device)
+    row = column[len(key) - len(query) :, None]
     hidden = (column > row) | (column <= row - (window or len(key)))
     sinks = sink.double()[:, None, None].expand(-1, len(query), 1)
     weight = torch.cat([score.masked_fill(hidden, float("-inf")), sinks], -1).softmax(-1)[..., :-1]
@@ -147,10 +153,8 @@ def test_paged_attention_is_the_plain_formula(
     key, value, table_SB = _cache(lengths, news, window, (G, K))
     position_T = np.concatenate([np.arange(n - m, n) for n, m in zip(lengths, news, strict=True)])
     start_S1 = np.concatenate([[0], np.cumsum(news)]).astype(np.int32)
-    generator = torch.Generator().manual_seed(1)
-    query_THK = torch.randn(len(position_T), H, K, generator=generator)
-    sink_H = 2 * torch.randn(H, generator=generator)
-    tiles = lay_out(position_T.astype(np.int32), start_S1, table_SB, window, H, G, CPU)
+    query_THK, sink_H = _random(1, len(position_T), H, K), 2 * _random(2, H)
+    tiles = lay_out(position_T.astype(np.int32), start_S1, table_SB, window, H, G, THERE)
     assert (tiles.num_pieces > 1) is (shortest_piece == 32)
     mixed_THK = paged_attention(query_THK, key, value, sink_H, tiles, 0.3)
     for s, length in enumerate(lengths):
@@ -163,11 +167,10 @@ def test_paged_attention_is_the_plain_formula(
 
 def test_bf16_attention_is_off_by_its_rounding() -> None:
     key, value, table_SB = _cache([40], [20], 8, (2, 16))
-    generator = torch.Generator().manual_seed(1)
-    query_THK = torch.randn(20, 6, 16, generator=generator).bfloat16()
-    key, value, sink_H = key.bfloat16(), value.bfloat16(), torch.ones(6).bfloat16()
+    query_THK = _random(1, 20, 6, 16).bfloat16()
+    key, value, sink_H = key.bfloat16(), value.bfloat16(), torch.ones(6, device=THERE).bfloat16()
     start_S1, position_T = np.array([0, 20], np.int32), np.arange(20, 40, dtype=np.int32)
-    tiles = lay_out(position_T, start_S1, table_SB, 8, 6, 2, CPU)
+    tiles = lay_out(position_T, start_S1, table_SB, 8, 6, 2, THERE)
     mixed_THK = paged_attention(query_THK, key, value, sink_H, tiles, 0.25)
     seen = [cache[table_SB[0]].flatten(0, 1)[:40].nan_to_num(0.0) for cache in (key, value)]
     expected = _plain(query_THK, *seen, sink_H, 8, 0.25)
@@ -181,7 +184,7 @@ def test_whole_model_gives_the_references_logits(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch_triton_experts, "VECTOR_OUTPUTS", 128)
     monkeypatch.setattr(torch_triton_experts, "TILE_OUTPUTS", 128)
     tokens, checkpoint = prompt("tall", 60), tiny_checkpoint("tall")
-    model = TorchModel.from_checkpoint(checkpoint).requires_grad_(False)
+    model = TorchModel.from_checkpoint(checkpoint).requires_grad_(False).to(THERE)
     driver = Driver(TorchRunner(model, attention="triton", triton_experts=True), 8, seed=1)
     pieces = [
         driver.feed({"": tokens[start:stop]})[""] for start, stop in ((0, 50), (50, 58), (58, 59), (59, 60))
@@ -192,10 +195,12 @@ def test_whole_model_gives_the_references_logits(monkeypatch: pytest.MonkeyPatch
 
 def test_trial_passes_both_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_triton_experts, "VECTOR_OUTPUTS", 128)
-    assert torch_trial.try_experts(Device("cpu"), "bfloat16") is None
-    assert torch_trial.try_attention("triton", Device("cpu"), "bfloat16") is None
+    there = Device("cuda" if IS_COMPILED else "cpu")
+    assert torch_trial.try_experts(there, "bfloat16") is None
+    assert torch_trial.try_attention("triton", there, "bfloat16") is None
 
 
+@pytest.mark.skipif(IS_COMPILED, reason="on a CPU Triton is its interpreter")
 def test_engine_says_that_triton_computes(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
     folder = tiny_folder(tmp_path, "narrow")
     with caplog.at_level("INFO", logger="harmonium.engine"):
