@@ -28,6 +28,9 @@ _log = logging.getLogger("harmonium.engine")
 MAX_RECORDED_TOKENS = 64
 """Larger steps take so long that launches do not count."""
 
+MAX_CHECKED_TOKENS = 9
+"""Of one sequence in a recorded step: its last token and as many guesses as are usual (engine/drafts.py)."""
+
 MAX_RECORDINGS = 48
 """Kept at a time; the one that was not used for longest goes."""
 
@@ -69,11 +72,13 @@ class CudaRecording:
 
 def recorded_blocks(batch: Batch) -> int:
     """Blocks of a sequence that a step's recording has room for; 0: such a step is not recorded."""
-    is_decoding = len(batch.token_id_T) == len(batch.context_length_S)
-    if not is_decoding or len(batch.token_id_T) > MAX_RECORDED_TOKENS:
+    num_tokens, num_sequences = len(batch.token_id_T), len(batch.context_length_S)
+    # Of guessed tokens that are checked, those of one sequence: more would be too many different steps.
+    is_alike = num_tokens == num_sequences or (num_sequences == 1 and num_tokens <= MAX_CHECKED_TOKENS)
+    if not is_alike or num_tokens > MAX_RECORDED_TOKENS:
         return 0
-    if not np.array_equal(batch.logit_row_R, np.arange(len(batch.token_id_T))):
-        return 0
+    if not np.array_equal(batch.logit_row_R, np.arange(num_tokens)):
+        return 0  # a piece of a prompt
     return int(max(LEAST_BLOCKS, 1 << (batch.full_block_SB.shape[1] - 1).bit_length()))
 
 
@@ -92,7 +97,7 @@ class StepGraphs:
         self, compute: Compute, device: torch.device, recording: Callable[[], Recording] = CudaRecording
     ) -> None:
         self._compute, self._device, self._recording = compute, device, recording
-        self._steps: OrderedDict[tuple[int, int], _Step | None] = OrderedDict()
+        self._steps: OrderedDict[tuple[int, ...], _Step | None] = OrderedDict()
         self._is_off = False
 
     def logits(self, num_blocks: int, inputs: StepInputs) -> Tensor:
@@ -101,7 +106,7 @@ class StepGraphs:
         num_blocks: from recorded_blocks. inputs: on the host. A kind of step is recorded when it comes for
         the second time: the first has compiled its kernels.
         """
-        key = (len(inputs.token_id_T), num_blocks)
+        key = (num_blocks, *(len(tiles.tile_X4) for tiles in inputs.tiles.values()), len(inputs.token_id_T))
         step = self._steps.get(key)
         if self._is_off or key not in self._steps:
             self._keep(key, None)
@@ -121,7 +126,7 @@ class StepGraphs:
         """Give the recordings' memory back."""
         self._steps.clear()
 
-    def _keep(self, key: tuple[int, int], step: _Step | None) -> None:
+    def _keep(self, key: tuple[int, ...], step: _Step | None) -> None:
         self._steps[key] = step
         self._steps.move_to_end(key)
         if len(self._steps) > MAX_RECORDINGS:

@@ -87,8 +87,9 @@ def lay_out(
     first_X -= first_X % CACHE_BLOCK_TOKENS
     longest = int((tile_X4[:, 1] + tile_X4[:, 2] - first_X).max())
     if capacity:
-        # A window may begin anywhere in its first block.
-        longest = max(longest, min(capacity, window + CACHE_BLOCK_TOKENS) if window else capacity)
+        # The window of a tile's first query may begin anywhere in a block.
+        seen = window + size + CACHE_BLOCK_TOKENS if window else capacity
+        longest = max(longest, min(capacity, seen))
     wanted = -(-WANTED_PROGRAMS // (len(tiles) * num_kv_heads))
     piece = max(SHORTEST_PIECE, -(-longest // wanted))
     piece += -piece % CACHE_BLOCK_TOKENS

@@ -156,6 +156,9 @@ def test_steps_that_decode_are_recorded_by_their_blocks() -> None:
     assert recorded_blocks(_batch([256, 3], [1, 1], [0, 1])) == 8
     assert recorded_blocks(_batch([257, 3], [1, 1], [0, 1])) == 16
     assert recorded_blocks(_batch([5], [2], [1])) == 0, "a prompt"
+    assert recorded_blocks(_batch([5], [3], [0, 1, 2])) == 8, "two guesses are checked"
+    assert recorded_blocks(_batch([5, 5], [3, 1], [0, 1, 2, 3])) == 0, "guesses beside another sequence"
+    assert recorded_blocks(_batch([40], [10], list(range(10)))) == 0
     assert recorded_blocks(_batch([5, 5], [1, 1], [1])) == 0, "not all rows get logits"
     many = torch_graphs.MAX_RECORDED_TOKENS + 1
     assert recorded_blocks(_batch([5] * many, [1] * many, list(range(many)))) == 0
