@@ -41,6 +41,9 @@ from harmonium.model.torch_runner import TorchRunner  # isort: skip
 from harmonium.model.torch_triton_attention import lay_out, paged_attention  # isort: skip
 from harmonium.model.torch_triton_experts import triton_experts  # isort: skip
 
+# PyTorch's compiler, which flex_attention needs, warns of one thing or another.
+pytestmark = pytest.mark.filterwarnings("default")
+
 CUDA = torch.device("cuda")
 HEADS, GROUPS, SIZE, WINDOW = 64, 8, 64, 128
 """Of the released models."""
@@ -183,7 +186,7 @@ def test_recorded_decoding_gives_the_logits_of_the_unrecorded(dtype: str) -> Non
         driver.feed({name: part[:250] for name, part in tokens.items()})
         for number in range(250, 300):
             names = ("a", "b") if number % 20 < 12 else ("a", "b", "c")
-            fed = {name: tokens["a"][number : number + 1] for name in names}
+            fed = dict.fromkeys(names, tokens["a"][number : number + 1])
             pieces += driver.feed(fed).values()
         found.append(np.concatenate(pieces))
         if recording is not None:
@@ -194,7 +197,6 @@ def test_recorded_decoding_gives_the_logits_of_the_unrecorded(dtype: str) -> Non
     np.testing.assert_array_equal(found[0], found[1])
 
 
-@pytest.mark.filterwarnings("default")
 def test_transformers_on_the_same_card_has_the_same_logits() -> None:
     pytest.importorskip("transformers", reason="the extra [oracle] is not installed")
     from tests.model.transformers_oracle import transformers_model
