@@ -78,7 +78,8 @@ def sdpa(
         attn_mask=seen_NZ,
         scale=scale,
     )
-    return mixed_GNJ.view(H, Q, -1)[..., :K].transpose(0, 1)
+    # Kernels lay their result out differently.
+    return mixed_GNJ.reshape(H, Q, -1)[..., :K].transpose(0, 1)
 
 
 def flex(
@@ -96,6 +97,7 @@ def flex(
             block_mask=mask(_sees(S - Q, window or S), None, None, Q, S, device=device),
             scale=scale,
             enable_gqa=True,
+            kernel_options=_flex_options(Q, device),
             return_aux=_flex_module().AuxRequest(lse=True),
         )
     return with_sink(out[0].transpose(0, 1), auxiliary.lse[0], sink_H)
@@ -162,6 +164,13 @@ def _sees(offset: int, window: int) -> Callable[[Tensor, Tensor, Tensor, Tensor]
         return (key <= query + offset) & (key > query + offset - window)
 
     return sees
+
+
+def _flex_options(num_queries: int, device: torch.device) -> dict[str, bool] | None:
+    """PyTorch 2.11 cannot compile its kernel for few queries for any number of them: take the other one."""
+    if device.type == "cpu" or num_queries == 1:
+        return None
+    return {"FORCE_USE_FLEX_ATTENTION": True}
 
 
 def _flex_module() -> Any:

@@ -52,18 +52,18 @@ class Recording(Protocol):
 
 
 class CudaRecording:
-    """torch.cuda.CUDAGraph. Recordings share memory for what lies between: one runs at a time."""
+    """torch.cuda.CUDAGraph. beside: shares its memory for what lies between: one of them runs at a time."""
 
-    _pool: Any = None
-
-    def __init__(self) -> None:
+    def __init__(self, beside: CudaRecording | None) -> None:
         self._graph = torch.cuda.CUDAGraph()
+        self._beside = beside
 
     def record(self, function: Callable[[], Tensor]) -> Tensor:
-        if CudaRecording._pool is None:
-            CudaRecording._pool = torch.cuda.graph_pool_handle()
+        # The memory lives as long as a graph that uses it, so a name of its own could outlive it.
+        pool: Any = None if self._beside is None else self._beside._graph.pool()
+        self._beside = None
         # Another thread may use the card meanwhile: only what this one does is recorded, or forbidden.
-        with torch.cuda.graph(self._graph, pool=CudaRecording._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             return function()
 
     def replay(self) -> None:
@@ -91,10 +91,12 @@ class _Step:
 
 
 class StepGraphs:
-    """The recordings of a runner. compute: a step on the device, which must not wait for it."""
+    """The recordings of a runner. compute: a step on the device, which must not wait for it. recording: makes
+    an empty one, beside one that there is already, or None.
+    """
 
     def __init__(
-        self, compute: Compute, device: torch.device, recording: Callable[[], Recording] = CudaRecording
+        self, compute: Compute, device: torch.device, recording: Callable[[Any], Recording] = CudaRecording
     ) -> None:
         self._compute, self._device, self._recording = compute, device, recording
         self._steps: OrderedDict[tuple[int, ...], _Step | None] = OrderedDict()
@@ -134,7 +136,8 @@ class StepGraphs:
 
     def _record(self, inputs: StepInputs) -> _Step | None:
         """A recording that has been run once; None: it cannot be done here, from now on."""
-        places, recording = LastingInputs(inputs, self._device), self._recording()
+        beside = next((step.recording for step in self._steps.values() if step is not None), None)
+        places, recording = LastingInputs(inputs, self._device), self._recording(beside)
         # float32 here: the host's copy is one transfer, and no launch is left outside.
         expected = self._compute(places.inputs).float()
         try:

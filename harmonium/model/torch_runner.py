@@ -49,7 +49,7 @@ class TorchRunner:
         checkpoint: Checkpoint | None = None,
         attention: str = "eager",
         triton_experts: bool = False,
-        recording: Callable[[], Recording] | None = None,
+        recording: Callable[[Any], Recording] | None = None,
     ) -> None:
         self._model: TorchModel | None = model
         self._config = model.config

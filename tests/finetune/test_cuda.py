@@ -46,7 +46,7 @@ def test_gradients_are_those_of_the_cpu() -> None:
         found.append((float(loss.detach()), [parameter.grad.cpu() for parameter in lora.parameters()]))
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
     for there, here in zip(found[1][1], found[0][1], strict=True):
-        assert float((there - here).abs().max()) <= 2e-4 * float(here.abs().max()) + 1e-7
+        assert float((there - here).abs().max()) <= 2e-4 * float(here.abs().max()) + 2e-6
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -29,7 +29,8 @@ class _Recording:
 
     made: list[_Recording]
 
-    def __init__(self) -> None:
+    def __init__(self, beside: _Recording | None) -> None:
+        assert (beside is None) is (not self.made), "memory is shared"
         self.made.append(self)
         self.replays = 0
 

@@ -30,7 +30,7 @@ from harmonium.model.torch_triton_experts import group_pairs, triton_experts  # 
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _decode(blocks: Any, scales: Any, out: Any, rows, num_blocks, ROWS: tl.constexpr, BLOCKS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _decode(blocks, scales, out, rows, num_blocks, ROWS: tl.constexpr, BLOCKS: tl.constexpr):  # type: ignore[no-untyped-def]
     n, k = tl.arange(0, ROWS), tl.arange(0, BLOCKS * 32)
     numbers = torch_triton_experts._numbers(
         blocks, scales, n.to(tl.int64), n < rows, 0, num_blocks, ROWS, BLOCKS
