@@ -151,7 +151,7 @@ def step(runner: NativeRunner, tokens: npt.NDArray[np.int32], position: int) -> 
             window_block_SB=blocks,
             # Every row gets logits, so that the last layer routes them all.
             logit_row_R=np.arange(len(tokens), dtype=np.int32),
-            sampling=(None,) * (len(tokens) - 1) + (RowSampling(SamplingParams(temperature=0), 0.5),),
+            sampling=(None,) * (len(tokens) - 1) + (RowSampling(SamplingParams(temperature=0), 5),),
         )
     )
     token = result.tokens[-1]

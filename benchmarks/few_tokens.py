@@ -16,7 +16,8 @@ from statistics import median
 import numpy as np
 
 from harmonium.kernels import matmul, runtime, unembedding
-from harmonium.kernels.unembedding import MAX_SCREENED_ROWS, Wish
+from harmonium.kernels.sampling import DrawSettings, sample
+from harmonium.kernels.unembedding import MAX_SCREENED_ROWS, SplitWeight, Wish
 
 HIDDEN = 2880
 VOCABULARY = 201_088
@@ -60,21 +61,33 @@ def experts() -> Run:
     return run
 
 
-def logits(is_greedy: bool) -> Run:
-    """The unembedding: whole rows, or what greedy rows need of them, counted as the high halves alone."""
-    rng = np.random.default_rng(0)
-    values = rng.standard_normal((VOCABULARY, HIDDEN), dtype=np.float32)
-    weight = unembedding.quantize_unembedding((values.view(np.uint32) >> 16).astype(np.uint16))
+def unembedding_weight() -> SplitWeight:
+    values = np.random.default_rng(0).standard_normal((VOCABULARY, HIDDEN), dtype=np.float32)
+    return unembedding.quantize_unembedding((values.view(np.uint32) >> 16).astype(np.uint16))
+
+
+def logits(weight: SplitWeight, wish_of: Callable[[int], Wish] | None) -> Run:
+    """The unembedding and the sampler: whole rows, or what rows need whose wish depends on a key.
+
+    Where halves are left out, the high ones alone are counted.
+    """
 
     def run(num_tokens: int, rng: np.random.Generator) -> tuple[int, float]:
-        x = rng.standard_normal((num_tokens, HIDDEN)).astype(np.float32)
+        # Logits of deviation 4: the best of a row has a probability of 0.15 or so.
+        x = rng.standard_normal((num_tokens, HIDDEN)).astype(np.float32) * np.float32(4 / HIDDEN**0.5)
         out = np.zeros((num_tokens, VOCABULARY), np.float32)
+        keys = rng.integers(0, 1 << 62, num_tokens).tolist()
+        wishes = [Wish(key=key, temperature=1.0) if wish_of is None else wish_of(key) for key in keys]
+        draws = [(row, DrawSettings(wish.key, wish.temperature)) for row, wish in enumerate(wishes)]
+        is_screened = wish_of is not None and num_tokens <= MAX_SCREENED_ROWS
         start = time.perf_counter()
-        if is_greedy and num_tokens <= MAX_SCREENED_ROWS:
-            unembedding.screened_logits(x, weight, [Wish(1)] * num_tokens, out)
-            return weight.nbytes - VOCABULARY * HIDDEN // 2, time.perf_counter() - start
-        unembedding.logits(x, weight, out)
-        return weight.nbytes, time.perf_counter() - start
+        if is_screened:
+            unembedding.screened_logits(x, weight, wishes, out)
+        else:
+            unembedding.logits(x, weight, out)
+        sample(out, draws)
+        seconds = time.perf_counter() - start
+        return weight.nbytes - is_screened * VOCABULARY * HIDDEN // 2, seconds
 
     return run
 
@@ -111,12 +124,14 @@ def main() -> None:
     runtime.configure(runtime.supported_isa()[-1], arguments.threads)
     shared = matmul.allocate(1 << 29)
     shared[...] = 1
+    weight = unembedding_weight()
     runs = {
         "experts packed": experts(),
         "qkv int8": dense(5120, HIDDEN, 24),
         "out int8": dense(HIDDEN, 4096, 24),
-        "unembedding": logits(is_greedy=False),
-        "unembedding, greedy": logits(is_greedy=True),
+        "unembedding, whole": logits(weight, None),
+        "greedy": logits(weight, lambda key: Wish(1)),
+        "at temperature 1": logits(weight, lambda key: Wish(key=key, temperature=1.0)),
     }
     rng = np.random.default_rng(0)
     for num_tokens in map(int, arguments.tokens.split(",")):

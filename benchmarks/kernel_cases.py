@@ -56,6 +56,8 @@ def dense_cases() -> Iterator[Case]:
     x, out = floats(4, 2, WIDTH), np.empty((2, 200), np.float32)
     wishes = [unembedding.Wish(1)] * 2
     yield "screened_logits 2x480", _bind(unembedding.screened_logits, x, split, wishes, out)
+    draws = [unembedding.Wish(key=key, temperature=1.0) for key in (3, 4)]
+    yield "screened_logits 2x480, draws", _bind(unembedding.screened_logits, x, split, draws, out)
     x, out = floats(5, 17, WIDTH), np.zeros((17, 200), np.float32)
     rows, a, b = np.arange(17, dtype=np.int32), floats(6, 8, WIDTH), floats(7, 8, 200)
     yield "low_rank 17x480, rank 8", _bind(matmul.low_rank, x, rows, a, b, 0.5, out)
@@ -111,9 +113,9 @@ def other_cases() -> Iterator[Case]:
     yield from attention_cases()
     logits = floats(26, 1, VOCABULARY) * 3
     for name, settings in (
-        ("greedy", sampling.DrawSettings(0.3, 0.0)),
-        ("temperature", sampling.DrawSettings(0.3, 1.0, num_top=5)),
-        ("top-k, top-p", sampling.DrawSettings(0.3, 0.8, top_k=40, top_p=0.9)),
+        ("greedy", sampling.DrawSettings(3, 0.0)),
+        ("temperature", sampling.DrawSettings(3, 1.0, num_top=5)),
+        ("top-k, top-p", sampling.DrawSettings(3, 0.8, top_k=40, top_p=0.9)),
     ):
         yield f"sample {name}, 20,001 logits", _bind(sampling.sample, logits, [(0, settings)])
 

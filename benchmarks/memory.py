@@ -127,7 +127,7 @@ def step(runner: NativeRunner, position: int, num_tokens: int, num_window_blocks
             full_block_SB=blocks,
             window_block_SB=blocks % max(1, num_window_blocks),
             logit_row_R=np.array([num_tokens - 1], np.int32),
-            sampling=(RowSampling(SamplingParams(), uniform=0.5),),
+            sampling=(RowSampling(SamplingParams(), key=5),),
         )
     )
     return time.perf_counter() - start

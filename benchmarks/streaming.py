@@ -144,7 +144,7 @@ def step(runner: NativeRunner, position: int, num_tokens: int) -> None:
             full_block_SB=blocks,
             window_block_SB=blocks,
             logit_row_R=np.array([num_tokens - 1], np.int32),
-            sampling=(RowSampling(SamplingParams(), uniform=0.5),),
+            sampling=(RowSampling(SamplingParams(), key=5),),
         )
     )
 

@@ -22,13 +22,12 @@ struct BoundRow {
   std::optional<In<float, 1>> bias;
   std::optional<In<std::uint32_t, 1>> allowed;
 
-  BoundRow(std::int64_t row, double uniform, double temperature, std::int64_t top_k, double top_p, double min_p,
+  BoundRow(std::int64_t row, std::uint64_t key, double temperature, std::int64_t top_k, double top_p, double min_p,
            double presence_penalty, double frequency_penalty, double repetition_penalty, int num_top, Ids prompt,
            Ids answer, Ids counts, Ids biased, std::optional<In<float, 1>> bias_values,
            std::optional<In<std::uint32_t, 1>> mask)
       : prompt_ids(std::move(prompt)), answer_ids(std::move(answer)), answer_counts(std::move(counts)),
         bias_ids(std::move(biased)), bias(std::move(bias_values)), allowed(std::move(mask)) {
-    require(uniform >= 0 && uniform < 1, "uniform is " + std::to_string(uniform) + "; expected [0, 1)");
     require(temperature >= 0, "temperature is " + std::to_string(temperature) + "; expected at least 0");
     require(top_k >= 0, "top_k is " + std::to_string(top_k) + "; expected at least 0");
     require(top_p > 0 && top_p <= 1, "top_p is " + std::to_string(top_p) + "; expected (0, 1]");
@@ -38,7 +37,7 @@ struct BoundRow {
     require(!answer_ids || answer_ids->size() == answer_counts->size(), "answer_ids and answer_counts differ in length");
     require(bias_ids.has_value() == bias.has_value(), "bias_ids and bias come together");
     require(!bias_ids || bias_ids->size() == bias->size(), "bias_ids and bias differ in length");
-    spec = {row, uniform, temperature, top_k, top_p, min_p, presence_penalty, frequency_penalty, repetition_penalty,
+    spec = {row, key, temperature, top_k, top_p, min_p, presence_penalty, frequency_penalty, repetition_penalty,
             num_top};
     if (prompt_ids) spec.prompt_ids = prompt_ids->data(), spec.num_prompt_ids = prompt_ids->size();
     if (answer_ids) {
@@ -98,9 +97,9 @@ void sample(In<float, 2> logits, const std::vector<BoundRow*>& rows, Out<std::in
 
 void bind_sampling(nb::module_& m) {
   nb::class_<BoundRow>(m, "SampleRow")
-      .def(nb::init<std::int64_t, double, double, std::int64_t, double, double, double, double, double, int, Ids, Ids,
+      .def(nb::init<std::int64_t, std::uint64_t, double, std::int64_t, double, double, double, double, double, int, Ids, Ids,
                     Ids, Ids, std::optional<In<float, 1>>, std::optional<In<std::uint32_t, 1>>>(),
-           nb::arg("row"), nb::arg("uniform"), nb::arg("temperature"), nb::arg("top_k"), nb::arg("top_p"),
+           nb::arg("row"), nb::arg("key"), nb::arg("temperature"), nb::arg("top_k"), nb::arg("top_p"),
            nb::arg("min_p"), nb::arg("presence_penalty"), nb::arg("frequency_penalty"), nb::arg("repetition_penalty"),
            nb::arg("num_top"), nb::arg("prompt_ids").noconvert().none(), nb::arg("answer_ids").noconvert().none(),
            nb::arg("answer_counts").noconvert().none(), nb::arg("bias_ids").noconvert().none(),

@@ -39,9 +39,10 @@ void bind_linear_split(nb::handle x_object, nb::handle split_object, std::int64_
   linear(x.data(), x.shape(0), weight, Activations::int8, false, out.data());
 }
 
-// allowed: a list of None or uint32 words for each row.
+// For each row: keep, key and temperature; allowed: a list of None or uint32 words.
 std::int64_t bind_screen_split(nb::handle x_object, nb::handle split_object, std::int64_t num_outputs,
-                               const std::vector<std::int64_t>& keep, nb::list allowed, nb::handle out_object) {
+                               const std::vector<std::int64_t>& keep, const std::vector<std::uint64_t>& key,
+                               const std::vector<double>& temperature, nb::list allowed, nb::handle out_object) {
   const Array<float> x(x_object, "x", 2), out(out_object, "out", 2, Access::write);
   const Array<std::uint8_t> split(split_object, "split", 1);
   const Weight weight = split_weight(x, split, num_outputs);
@@ -49,11 +50,14 @@ std::int64_t bind_screen_split(nb::handle x_object, nb::handle split_object, std
   require(num_rows >= 1 && num_rows <= kScreenRows,
           "x has " + std::to_string(num_rows) + " rows; expected 1 to " + std::to_string(kScreenRows));
   out.expect({num_rows, num_outputs});
-  require(static_cast<std::int64_t>(keep.size()) == num_rows && static_cast<std::int64_t>(allowed.size()) == num_rows,
-          "keep and allowed are not one for each row of x");
+  const auto has_all = [&](std::size_t count) { return static_cast<std::int64_t>(count) == num_rows; };
+  require(has_all(keep.size()) && has_all(key.size()) && has_all(temperature.size()) && has_all(allowed.size()),
+          "keep, key, temperature and allowed are not one for each row of x");
   std::vector<ScreenRow> rows;
   for (std::int64_t row = 0; row < num_rows; ++row) {
     require(keep[row] >= 0, "keep is " + std::to_string(keep[row]) + "; expected at least 0");
+    require(temperature[row] >= 0, "temperature is " + std::to_string(temperature[row]) + "; expected at least 0");
+    require(!keep[row] || temperature[row] == 0, "a row has both keep and a temperature");
     const nb::handle given = allowed[row];
     const std::uint32_t* bits = nullptr;
     if (!given.is_none()) {
@@ -62,7 +66,7 @@ std::int64_t bind_screen_split(nb::handle x_object, nb::handle split_object, std
       require(words.shape(0) >= needed, "allowed has too few words; expected " + std::to_string(needed));
       bits = words.data();
     }
-    rows.push_back({keep[row], bits});
+    rows.push_back({keep[row], bits, key[row], temperature[row]});
   }
   nb::gil_scoped_release release;
   return screen(x.data(), num_rows, weight, rows.data(), out.data());
@@ -82,7 +86,7 @@ void bind_split(nb::module_& m) {
   m.def("quantize_split", &bind_quantize_split, nb::arg("weight"), nb::arg("split"));
   m.def("linear_split", &bind_linear_split, nb::arg("x"), nb::arg("split"), nb::arg("num_outputs"), nb::arg("out"));
   m.def("screen_split", &bind_screen_split, nb::arg("x"), nb::arg("split"), nb::arg("num_outputs"), nb::arg("keep"),
-        nb::arg("allowed"), nb::arg("out"));
+        nb::arg("key"), nb::arg("temperature"), nb::arg("allowed"), nb::arg("out"));
   m.def("count_bits", &count_bits, nb::arg("words"));
 }
 

@@ -252,11 +252,17 @@ void moe_parts(const float* x, std::int64_t num_tokens, const std::int32_t* expe
                float* parts);
 void add_moe_parts(const float* parts, std::int64_t num_tokens, int num_active, std::int64_t hidden, float* out);
 
-// What a row of logits is for. keep: so many of the greatest must be there, at least 1; 0: all that are allowed.
-// allowed: null, or a bit for each output.
+// What a row of logits is for. keep: so many of the greatest must be there. temperature: above 0, the one must be there
+// that a draw with this key takes at this temperature (noise.h). Neither: all that are allowed. allowed: null, or a bit for
+// each output.
 struct ScreenRow {
   std::int64_t keep;
   const std::uint32_t* allowed;
+  std::uint64_t key;
+  double temperature;
+
+  bool draws() const { return temperature > 0; }
+  bool takes_all() const { return !keep && !draws(); }
 };
 // Products of at most kScreenRows rows of x with a split weight, as far as they are asked for: out is what `linear`
 // gives, to the bit, or minus infinity. Returns the number of panels whose low halves were read.

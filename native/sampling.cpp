@@ -1,9 +1,11 @@
 // Choosing a token from a row of logits: adjust, report log-probabilities, filter, draw.
-// Ranks are by logit, ties by the lower id; draws walk the ids upwards. Nothing is sorted but the few alternatives
-// that are reported: cuts are found by a radix search over the bits of the logits, linear in V whatever the row.
+// Ranks are by logit, ties by the lower id; of what the filters leave, the greatest logit / temperature + noise is drawn
+// (noise.h). Nothing is sorted but the few alternatives that are reported: cuts are found by a radix search over the bits
+// of the logits, linear in V whatever the row.
 #include "sampling.h"
 
 #include "isa.h"
+#include "noise.h"
 #include "threads.h"
 
 #include <algorithm>
@@ -18,9 +20,6 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-// Lower temperatures are computed as this one: 1 / temperature stays finite in float32.
-constexpr double kMinTemperature = 1e-6;
-
 // Widens a bound on logits, so that rounding in exp and log cannot cut a token that belongs.
 constexpr double kBoundSlack = 1e-2;
 
@@ -34,7 +33,7 @@ const SamplingKernels& kernels() {
 
 enum Slot { kSlotBlocks, kSlotAdjusted, kSlotCandidates };
 
-// Tokens that are still in play, ids ascending. e is filled once a filter or the draw needs it.
+// Tokens that are still in play, ids ascending. e is filled once a filter needs it.
 struct Candidates {
   std::int64_t count = 0;
   std::int32_t* id;
@@ -293,59 +292,51 @@ float bound_of_filters(const Row& row, double temperature, double total) {
                             kBoundSlack * 1e-4 * std::fabs(row.max));
 }
 
-// The first token, ids ascending, at which the running sum passes `target`; else the last with a probability.
-std::int64_t walk(const float* e, std::int64_t count, double target) {
-  double sum = 0;
-  std::int64_t last = 0;
-  for (std::int64_t i = 0; i < count; ++i) {
-    if (e[i] <= 0) continue;
-    last = i;
-    sum += static_cast<double>(e[i]);
-    if (sum > target) break;
-  }
-  return last;
-}
-
-std::int32_t draw_filtered(const Row& row, double temperature, double total, Candidates& found) {
+std::int32_t draw_filtered(const Row& row, double temperature, Candidates& found) {
   const SampleRow& spec = row.spec;
   const float inverse = static_cast<float>(1 / temperature);
   const bool has_top_k = spec.top_k > 0 && spec.top_k < row.vocabulary;
+  double total = 0;
   if (has_top_k) {
     select_top(row, spec.top_k, found);
   } else {
+    if (spec.top_p < 1) total = exp_total(row, inverse);
     collect(row, bound_of_filters(row, temperature, total), found);
   }
-  row.fn.exp_scaled(found.x, found.count, row.max, inverse, found.e);
+  if (spec.top_p < 1 || spec.min_p > 0) row.fn.exp_scaled(found.x, found.count, row.max, inverse, found.e);
   if (spec.top_p < 1) {
     if (has_top_k) {
-      total = 0;
       for (std::int64_t i = 0; i < found.count; ++i) total += static_cast<double>(found.e[i]);
     }
     keep(found, find_cut(found, found.e, spec.top_p * total), true);
   }
   const float least = static_cast<float>(spec.min_p);
-  double sum = 0;
+  Race race(spec.key, temperature);
   for (std::int64_t i = 0; i < found.count; ++i) {
-    if (found.e[i] < least) found.e[i] = 0;
-    sum += static_cast<double>(found.e[i]);
+    if (spec.min_p <= 0 || found.e[i] >= least) race.offer(found.id[i], found.x[i]);
   }
-  return found.id[walk(found.e, found.count, spec.uniform * sum)];
+  return race.token_id();
 }
 
-std::int32_t draw_unfiltered(const Row& row, float inverse_temperature, double total) {
-  double rest = row.spec.uniform * total;
-  std::int64_t block = -1;
-  for (std::int64_t b = 0; b < row.num_blocks; ++b) {
-    if (row.block_sum[b] <= 0) continue;
-    if (block >= 0) rest -= row.block_sum[block];
-    block = b;
-    if (rest < row.block_sum[b]) break;
+static_assert(kSampleBlock % kNoisePanel == 0);
+
+void offer_block(const Row& row, std::int64_t block, Race& race) {
+  const std::int64_t end = std::min(row.vocabulary, (block + 1) * kSampleBlock);
+  for (std::int64_t first = block * kSampleBlock; first < end; first += kNoisePanel) {
+    if (race.score(row.block_max[block], race.most(first / kNoisePanel)) < race.best()) continue;
+    for (std::int64_t i = first; i < std::min(end, first + kNoisePanel); ++i) race.offer(i, row.x[i]);
   }
-  float e[kSampleBlock];
-  const std::int64_t start = block * kSampleBlock;
-  const std::int64_t count = std::min(kSampleBlock, row.vocabulary - start);
-  row.fn.exp_scaled(row.x + start, count, row.max, inverse_temperature, e);
-  return static_cast<std::int32_t>(start + walk(e, count, rest));
+}
+
+std::int32_t draw_unfiltered(const Row& row, double temperature) {
+  Race race(row.spec.key, temperature);
+  // The greatest first: the better the best so far, the fewer of the others need their noise.
+  const std::int64_t greatest = std::find(row.block_max, row.block_max + row.num_blocks, row.max) - row.block_max;
+  offer_block(row, greatest, race);
+  for (std::int64_t block = 0; block < row.num_blocks; ++block) {
+    if (block != greatest && row.block_max[block] > -kInfinity) offer_block(row, block, race);
+  }
+  return race.token_id();
 }
 
 SampleStatus draw(const Row& row, std::int32_t* token_id) {
@@ -355,16 +346,14 @@ SampleStatus draw(const Row& row, std::int32_t* token_id) {
     return SampleStatus::ok;
   }
   const double temperature = std::max(spec.temperature, kMinTemperature);
-  const float inverse = static_cast<float>(1 / temperature);
   const bool has_top_k = spec.top_k > 0 && spec.top_k < row.vocabulary;
-  const double total = has_top_k ? 0 : exp_total(row, inverse);
   if (!has_top_k && spec.top_p >= 1 && spec.min_p <= 0) {
-    *token_id = draw_unfiltered(row, inverse, total);
+    *token_id = draw_unfiltered(row, temperature);
     return SampleStatus::ok;
   }
   Candidates found;
   if (!allocate(row, found)) return SampleStatus::out_of_memory;
-  *token_id = draw_filtered(row, temperature, total, found);
+  *token_id = draw_filtered(row, temperature, found);
   return SampleStatus::ok;
 }
 

@@ -26,8 +26,8 @@ extern const SamplingKernels kSamplingAvx512;
 
 // What one row asks for. Ids are checked by the caller: 0 <= id < V.
 struct SampleRow {
-  std::int64_t row = 0;  // which row of the logits
-  double uniform = 0;    // in [0, 1)
+  std::int64_t row = 0;   // which row of the logits
+  std::uint64_t key = 0;  // of the draw's random numbers (noise.h)
   double temperature = 0;
   std::int64_t top_k = 0;  // 0: off
   double top_p = 1;

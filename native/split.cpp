@@ -10,10 +10,12 @@
 //
 // With t for a probability of 2^-79, an estimate of one of 2^18 logits is off by more in fewer than one row of 2^60:
 // less often than memory flips a bit. A logit whose estimate plus t is below the k-th greatest exact one so far is
-// none of the k greatest, and its low halves are not read.
+// none of the k greatest, and its low halves are not read. A draw takes the greatest logit / temperature + noise
+// (noise.h), and the noise is known: there estimates plus t are held against the greatest such sum so far.
 #include <cmath>
 #include <limits>
 
+#include "noise.h"
 #include "tiles.h"
 
 namespace harmonium {
@@ -36,18 +38,10 @@ constexpr float kMostEstimate = 1e30f;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Sebastiano Vigna's SplitMix64: the n-th number of its sequence.
-std::uint64_t mix(std::uint64_t n) {
-  std::uint64_t z = n * 0x9e3779b97f4a7c15u;
-  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-  return z ^ (z >> 31);
-}
-
 // A byte for each input.
 std::vector<std::uint8_t> dither_of(std::int64_t num_inputs) {
   std::vector<std::uint8_t> dither(static_cast<std::size_t>(num_inputs));
-  for (std::int64_t i = 0; i < num_inputs; ++i) dither[i] = mix(1 + i / 16) >> (i % 16 * 4) & 15;
+  for (std::int64_t i = 0; i < num_inputs; ++i) dither[i] = random_number(0, i / 16) >> (i % 16 * 4) & 15;
   return dither;
 }
 
@@ -104,11 +98,33 @@ class Best {
   std::vector<float> heap_;
 };
 
-void raise(std::atomic<float>& least, float value) {
-  float seen = least.load(std::memory_order_relaxed);
+void raise(std::atomic<double>& least, double value) {
+  double seen = least.load(std::memory_order_relaxed);
   while (value > seen && !least.compare_exchange_weak(seen, value, std::memory_order_relaxed)) {
   }
 }
+
+static_assert(kPanelRows == kNoisePanel);
+
+// What a thread has seen of a row: the greatest of those that are looked for.
+class Seen {
+ public:
+  explicit Seen(const ScreenRow& row) : draws_(row.draws()), best_(row.keep), race_(race_of(row)) {}
+
+  static Race race_of(const ScreenRow& row) { return Race(row.key, std::max(row.temperature, kMinTemperature)); }
+
+  // Returns what another must reach to matter, as far as this thread knows.
+  double add(std::int64_t output, float logit) {
+    if (!draws_) return best_.add(logit);
+    race_.offer(output, logit);
+    return race_.best();
+  }
+
+ private:
+  bool draws_;
+  Best best_;
+  Race race_;
+};
 
 // One call: what its threads share.
 struct Screening {
@@ -120,7 +136,8 @@ struct Screening {
   const float* square;
   float* out;
   float margin;
-  std::atomic<float> least[kScreenRows];  // of the kept, as far as they are known
+  std::vector<Race> race;  // of each row
+  std::atomic<double> least[kScreenRows];  // what another logit, or its score in the race, must reach
   std::atomic<std::int64_t> num_read{0};
 
   // The outputs of a panel that a row allows: a bit for each.
@@ -131,14 +148,18 @@ struct Screening {
     return bits ? bits[first / 32] >> (first % 32) & there : there;
   }
 
-  // Whether an output of the panel may be one of those that a row keeps.
-  bool may_matter(int row, unsigned lanes, const Estimate& estimate) const {
-    const float threshold = least[row].load(std::memory_order_relaxed);
+  // Whether an output of the panel may be one of those that a row keeps or draws.
+  bool may_matter(int row, std::int64_t panel, unsigned lanes, const Estimate& estimate) const {
+    const double threshold = least[row].load(std::memory_order_relaxed);
+    const bool draws = rows[row].draws();
+    const double most = draws ? race[row].most(panel) : 0;
     for (int lane = 0; lane < kPanelRows; ++lane) {
       if (!(lanes >> lane & 1)) continue;
       const float value = estimate.value[lane], variance = estimate.variance[lane];
       if (!(variance >= kLeastVariance) || !(std::fabs(value) <= kMostEstimate)) return true;
-      if (!(value + margin * std::sqrt(variance) < threshold)) return true;
+      const float bound = value + margin * std::sqrt(variance);
+      if ((draws ? race[row].score(bound, most) : static_cast<double>(bound)) < threshold) continue;
+      if (!draws || !(race[row].score(bound, race[row].noise(panel * kPanelRows + lane)) < threshold)) return true;
     }
     return false;
   }
@@ -147,28 +168,28 @@ struct Screening {
     unsigned any = 0, whole = 0;
     for (int row = 0; row < num_rows; ++row) {
       any |= lanes[row] = allowed(row, panel);
-      if (!rows[row].keep) whole |= lanes[row];
+      if (rows[row].takes_all()) whole |= lanes[row];
     }
     if (!any || whole) return any != 0;
     Estimate estimate[kScreenRows];
     split_table().estimate(high_of(weight, panel), weight.num_inputs / kBlock, x.data, x.row_bytes, center, square,
                            num_rows, estimate);
     for (int row = 0; row < num_rows; ++row) {
-      if (may_matter(row, lanes[row], estimate[row])) return true;
+      if (may_matter(row, panel, lanes[row], estimate[row])) return true;
     }
     return false;
   }
 
-  void write(std::int64_t panel, const unsigned* lanes, const float* tile, std::vector<Best>& best) {
+  void write(std::int64_t panel, const unsigned* lanes, const float* tile, std::vector<Seen>& seen) {
     const std::int64_t first = panel * kPanelRows;
     const auto count = std::min<std::int64_t>(kPanelRows, weight.num_outputs - first);
     for (int row = 0; row < num_rows; ++row) {
       float* to = out + row * weight.num_outputs + first;
-      float known = -kInfinity;
+      double known = -kInfinity;
       for (std::int64_t lane = 0; lane < count; ++lane) {
         const bool is_there = tile && (lanes[row] >> lane & 1);
         to[lane] = is_there ? tile[row * kTileRows + lane] : -kInfinity;
-        if (is_there && rows[row].keep) known = best[row].add(to[lane]);
+        if (is_there && !rows[row].takes_all()) known = seen[row].add(first + lane, to[lane]);
       }
       raise(least[row], known);
     }
@@ -234,10 +255,11 @@ std::int64_t screen(const float* x, std::int64_t num_rows, const Weight& weight,
   std::vector<std::int32_t> token(num_rows);
   Screening screening{weight,        rows,          static_cast<int>(num_rows),
                       prepare(weight, Activations::int8, x, nullptr, num_rows, memory),
-                      center.data(), square.data(), out, rounding(weight.num_inputs), {}, {}};
+                      center.data(), square.data(), out, rounding(weight.num_inputs), {}, {}, {}};
   for (int row = 0; row < screening.num_rows; ++row) {
     describe(memory + row * screening.x.row_bytes, num_blocks, &center[row * num_blocks], &square[row * num_blocks]);
     token[row] = row;
+    screening.race.push_back(Seen::race_of(rows[row]));
     screening.least[row] = -kInfinity;
   }
   std::atomic<std::int64_t> taken{0};
@@ -250,8 +272,7 @@ std::int64_t screen(const float* x, std::int64_t num_rows, const Weight& weight,
       out_of_memory = true;
       return;
     }
-    std::vector<Best> best;
-    for (std::int64_t row = 0; row < num_rows; ++row) best.emplace_back(rows[row].keep);
+    std::vector<Seen> seen(rows, rows + num_rows);
     float tile[kScreenRows * kTileRows];
     std::int64_t num_read = 0;
     for (std::int64_t run = taken++; run < num_runs; run = taken++) {
@@ -263,7 +284,7 @@ std::int64_t screen(const float* x, std::int64_t num_rows, const Weight& weight,
                         Next{nullptr, 0}, tile);
         }
         num_read += is_read;
-        screening.write(panel, lanes, is_read ? tile : nullptr, best);
+        screening.write(panel, lanes, is_read ? tile : nullptr, seen);
       }
     }
     screening.num_read += num_read;

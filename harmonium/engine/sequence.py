@@ -23,15 +23,15 @@ _GROWTH = 256
 """Token ids that a sequence's array has room for beyond its prompt at first; it doubles from there."""
 
 
-def draw_uniform(seed: int, position: int) -> float:
-    """The random number in [0, 1) that chooses the token at a position.
+def draw_key(seed: int, position: int) -> int:
+    """The key, 0 to 2^64 - 1, of the random numbers that choose the token at a position.
 
     A function of seed and position alone, so that batching, chunking and preemption change no draw.
     """
     digest = blake2b(
         struct.pack("<QQ", seed & (2**64 - 1), position), digest_size=8, person=b"harmonium draw"
     ).digest()
-    return float(int.from_bytes(digest, "little") >> 11) * 2.0**-53
+    return int.from_bytes(digest, "little")
 
 
 class LogitsSink(Protocol):
@@ -267,7 +267,7 @@ class Sequence:
                 counts.add(token_id)
         return RowSampling(
             params=self.request.sampling,
-            uniform=draw_uniform(self.seed, self.num_tokens + len(draft)),
+            key=draw_key(self.seed, self.num_tokens + len(draft)),
             prompt_token_ids=self._prompt_token_ids,
             answer_token_ids=counts.token_ids if counts is not None else None,
             answer_counts=counts.counts if counts is not None else None,

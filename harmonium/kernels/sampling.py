@@ -19,12 +19,13 @@ _STATUS: tuple[DrawStatus, ...] = ("ok", "nan", "nothing_allowed", "out_of_memor
 class DrawSettings:
     """How a token is drawn from one row; reference_sampling.py says what each field does.
 
+    key: 0 to 2^64 - 1, of the draw's random numbers: the same key draws the same token from the same logits.
     num_top: alternatives whose log-probability is reported; -1: report nothing, 0: the chosen token alone.
     prompt_ids, answer_ids, answer_counts, bias_ids: int32; bias: float32; allowed: uint32 words of a bit
     mask.
     """
 
-    uniform: float
+    key: int
     temperature: float
     top_k: int = 0
     top_p: float = 1.0
@@ -95,7 +96,7 @@ def sampling_scratch_bytes(vocabulary_size: int, threads: int) -> int:
 def _native_row(row: int, settings: DrawSettings) -> object:
     return _native.SampleRow(
         row,
-        settings.uniform,
+        settings.key,
         settings.temperature,
         settings.top_k,
         settings.top_p,

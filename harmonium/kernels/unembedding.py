@@ -40,12 +40,16 @@ class SplitWeight:
 class Wish:
     """What a row of logits is for.
 
-    keep: so many of the greatest allowed logits must be there, with all that equal the least of them; 0: all
-    that are allowed. allowed: uint32 words of a bit mask; None: every token.
+    keep: so many of the greatest allowed logits must be there, with all that equal the least of them.
+    temperature: above 0, that logit must be there which a draw with `key` takes from the allowed ones at this
+    temperature, without filters (kernels/sampling.py). Only one of the two may be set; with neither all that
+    are allowed are there. allowed: uint32 words of a bit mask; None: every token.
     """
 
-    keep: int
+    keep: int = 0
     allowed: npt.NDArray[np.uint32] | None = None
+    key: int = 0
+    temperature: float = 0.0
 
 
 def count_allowed(allowed: npt.NDArray[np.uint32]) -> int:
@@ -76,9 +80,17 @@ def logits(x_RD: F32, weight: SplitWeight, out_RV: F32) -> None:
 def screened_logits(x_RD: F32, weight: SplitWeight, wishes: Sequence[Wish], out_RV: F32) -> float:
     """Write to each row of out what its wish asks for: the same bits as `logits`, or minus infinity.
 
-    x: at most MAX_SCREENED_ROWS rows. That none of the greatest is missing is certain but for one row in
+    x: at most MAX_SCREENED_ROWS rows. That nothing that is asked for is missing is certain but for one row in
     2^60. Returns the share of the low halves that were read, 0 to 1: above a half it did not pay.
     """
-    keep, allowed = [wish.keep for wish in wishes], [wish.allowed for wish in wishes]
-    read = _native.screen_split(x_RD, weight.data, weight.num_outputs, keep, allowed, out_RV)
+    read = _native.screen_split(
+        x_RD,
+        weight.data,
+        weight.num_outputs,
+        [wish.keep for wish in wishes],
+        [wish.key for wish in wishes],
+        [wish.temperature for wish in wishes],
+        [wish.allowed for wish in wishes],
+        out_RV,
+    )
     return float(read / -(-weight.num_outputs // 16))

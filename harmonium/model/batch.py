@@ -88,13 +88,13 @@ def _check_whole(name: str, value: int, low: int, high: int) -> None:
 class RowSampling:
     """What the sampler needs for one row of logits.
 
-    uniform: this draw's random number in [0, 1): the caller derives it from seed and position, so that a
+    key: 0 to 2^64 - 1, of this draw's random numbers: the caller derives it from seed and position, so that a
     preempted sequence draws the same. prompt_counts/answer_counts: token ids seen so far (unique ids and how
     often), only filled when a penalty is set. allowed_mask: None, or uint32 words of a token bit mask.
     """
 
     params: SamplingParams
-    uniform: float
+    key: int
     prompt_token_ids: npt.NDArray[np.int32] | None = None
     answer_token_ids: npt.NDArray[np.int32] | None = None
     answer_counts: npt.NDArray[np.int32] | None = None

@@ -2,9 +2,11 @@
 
 In this order: the mask of allowed tokens (others get minus infinity, so they have no probability anywhere, in
 the reported log-probabilities neither), repetition penalty, presence and frequency penalty, bias; from here
-the log-probabilities are reported; then temperature, top_k, top_p, min_p, and the draw. A draw is the inverse
-CDF over what is left with the token ids ascending, at the row's `uniform`. Every instruction set and any
-number of threads draws the same token from the same logits.
+the log-probabilities are reported; then temperature, top_k, top_p, min_p, and the draw: of what is left, the
+greatest logit / temperature + noise, where a token's noise depends on the row's `key` and the token alone
+(kernels/reference_sampling.py). So what is asked beside it, such as log-probabilities, changes no token, nor
+do logits that are left out because they cannot win (unembedding.py). Every instruction set and any number of
+threads draws the same token from the same logits.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ def _settings(row: RowSampling, vocabulary_size: int) -> DrawSettings:
     params = row.params
     bias_ids, bias = _bias_arrays(params.logit_bias, vocabulary_size)
     return DrawSettings(
-        uniform=row.uniform,
+        key=row.key,
         temperature=params.temperature,
         top_k=params.top_k,
         top_p=params.top_p,

@@ -91,6 +91,8 @@ def wish_of(row: RowSampling | None, vocabulary_size: int) -> Wish | None:
         return Wish(1, allowed)
     if is_ranked and 0 < params.top_k <= MAX_KEPT:
         return Wish(params.top_k, allowed)
+    if is_ranked and params.top_k == 0 and params.top_p == 1.0 and params.min_p == 0.0:
+        return Wish(0, allowed, row.key, params.temperature)
     if allowed is not None and count_allowed(allowed) < _SPARSE * vocabulary_size:
-        return Wish(0, allowed)
+        return Wish(allowed=allowed)
     return None

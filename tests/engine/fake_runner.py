@@ -82,7 +82,7 @@ def _choose(hidden: int, row: RowSampling) -> int:
     """A token from the last hidden word and everything that the row's sampling carries."""
     params, value = row.params, hidden
     if params.temperature > 0:
-        value += int(row.uniform * 2**53)
+        value += row.key
     if row.answer_token_ids is not None and row.answer_counts is not None:
         value += int((row.answer_token_ids.astype(np.int64) * row.answer_counts).sum())
     if row.prompt_token_ids is not None:
@@ -238,6 +238,6 @@ def expected_answer(
     greedy)."""
     tokens = list(prompt)
     for _ in range(num_tokens):
-        row = sampling(tokens) if sampling is not None else RowSampling(GREEDY, 0.0)
+        row = sampling(tokens) if sampling is not None else RowSampling(GREEDY, 0)
         tokens.append(_choose(int(last_hidden(tokens, window, adapter)[-1]), row))
     return tokens[len(prompt) :]

@@ -182,7 +182,7 @@ def test_rows_behind_a_draft_count_its_tokens_for_penalties() -> None:
     counts = [dict(zip(r.answer_token_ids.tolist(), r.answer_counts.tolist(), strict=True)) for r in rows]  # type: ignore[union-attr]
     assert counts == [{7: 1}, {7: 1, 9: 1}, {7: 2, 9: 1}]
     sequence.append(9)
-    assert sequence.row_sampling().uniform == rows[1].uniform != rows[0].uniform
+    assert sequence.row_sampling().key == rows[1].key != rows[0].key
 
 
 def test_stop_token_inside_a_true_guess_ends_the_answer() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from harmonium.engine import LocalEngine, Request, Token
-from harmonium.engine.sequence import draw_uniform
+from harmonium.engine.sequence import draw_key
 from harmonium.errors import ConfigError, EngineClosed, PromptTooLong, RequestError
 from harmonium.model.batch import Batch, RowSampling, SamplingParams, StepResult
 from tests.engine.fake_runner import FakeRunner, expected_answer, fake_config, last_hidden
@@ -82,7 +82,7 @@ def test_preempted_sequence_resumes_with_same_tokens() -> None:
     params = SamplingParams(temperature=1.0, seed=7, max_tokens=200)
 
     def sampling(tokens: list[int]) -> RowSampling:
-        return RowSampling(params, draw_uniform(7, len(tokens)))
+        return RowSampling(params, draw_key(7, len(tokens)))
 
     for prefix_cache in (False, True):
         engine = make_engine(context_length=512, num_full_blocks=16, prefix_cache=prefix_cache)
@@ -272,9 +272,7 @@ def test_penalties_see_prompt_and_answer_counts() -> None:
 
     def sampling(tokens: list[int]) -> RowSampling:
         unique, counts = np.unique(np.array(tokens[30:], np.int32), return_counts=True)
-        return RowSampling(
-            params, 0.0, np.unique(np.array(prompt, np.int32)), unique, counts.astype(np.int32)
-        )
+        return RowSampling(params, 0, np.unique(np.array(prompt, np.int32)), unique, counts.astype(np.int32))
 
     answers = serve(make_engine(), [Request("r", tuple(prompt), params)])
     assert answers == [expected_answer(prompt, 40, sampling=sampling)]

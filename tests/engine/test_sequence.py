@@ -3,22 +3,28 @@ from __future__ import annotations
 import numpy as np
 
 from harmonium.engine import Request
-from harmonium.engine.sequence import AnswerCounts, Sequence, draw_uniform
+from harmonium.engine.sequence import AnswerCounts, Sequence, draw_key
 from harmonium.model.batch import SamplingParams
 
 
-def test_draws_depend_on_seed_and_position_alone_and_are_uniform() -> None:
-    draws = np.array([draw_uniform(seed, position) for seed in range(50) for position in range(200)])
-    assert (draws == [draw_uniform(seed, position) for seed in range(50) for position in range(200)]).all()
-    assert draws.min() >= 0.0 and draws.max() < 1.0 and len(np.unique(draws)) == len(draws)
+def test_keys_depend_on_seed_and_position_alone_and_are_evenly_spread() -> None:
+    keys = [draw_key(seed, position) for seed in range(50) for position in range(200)]
+    assert keys == [draw_key(seed, position) for seed in range(50) for position in range(200)]
+    assert min(keys) >= 0 and max(keys) < 1 << 64 and len(set(keys)) == len(keys)
     # Ten equal bins: chi-square with 9 degrees of freedom is below 33 but once in 10,000 times.
-    counts = np.histogram(draws, 10, (0, 1))[0]
+    counts = np.histogram(np.array(keys) * 2.0**-64, 10, (0, 1))[0]
     assert ((counts - 1000) ** 2 / 1000).sum() < 33
 
 
 def test_negative_and_large_seeds_are_taken() -> None:
-    assert 0 <= draw_uniform(-1, 0) < 1
-    assert draw_uniform(-(1 << 63), 5) != draw_uniform((1 << 64) - 1, 5)
+    assert 0 <= draw_key(-1, 0) < 1 << 64
+    assert draw_key(-(1 << 63), 5) != draw_key((1 << 64) - 1, 5)
+
+
+def test_a_seed_means_the_same_for_ever() -> None:
+    """Written down, so that who changes it knows that seeded answers change."""
+    assert draw_key(0, 0) == 3638901068062548223
+    assert draw_key(7, 300) == 11412834669436429991
 
 
 def test_answer_counts_equal_a_recount() -> None:

@@ -17,7 +17,7 @@ from harmonium.kernels import interface
 
 NATIVE = Path(__file__).parents[2] / "native"
 
-BOUND = "13958ccf14439860"
+BOUND = "792cec992290f79d"
 """Digest of all bound functions and their arguments at interface.INTERFACE."""
 
 

@@ -9,6 +9,7 @@ import pytest
 from harmonium.kernels import reference_sampling as reference
 from harmonium.kernels import runtime
 from harmonium.kernels.sampling import Draw, DrawSettings, sample, sampling_scratch_bytes
+from tests.kernels.chi_square import exceeds_chi_square
 
 VOCABULARY = 201_088
 Row = npt.NDArray[np.float32]
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("isa")
 
 
 def draw(logits_V: Row, **settings: Any) -> Draw:
-    return sample(logits_V[None], [(0, DrawSettings(**{"uniform": 0.0, "temperature": 1.0, **settings}))])[0]
+    return sample(logits_V[None], [(0, DrawSettings(**{"key": 0, "temperature": 1.0, **settings}))])[0]
 
 
 def rows() -> dict[str, Row]:
@@ -70,66 +71,100 @@ FILTERS: list[dict[str, Any]] = [
 def test_draws_agree_with_the_specification(name: str) -> None:
     x_V = rows()[name]
     for filters in FILTERS:
-        kept_V = reference.keep_filtered(x_V, **{"temperature": 1.0, **filters})
-        cdf_V = np.cumsum(kept_V) / kept_V.sum()
-        for uniform in (0.0, 0.1, 0.37, 0.5, 0.81, 0.99, np.nextafter(1.0, 0.0)):
-            found = draw(x_V, uniform=uniform, **filters).token_id
-            wanted = reference.draw_by_id(kept_V, uniform)
-            # float32 may move a draw over the border between two tokens, but no further than its rounding.
-            low, high = sorted((found, wanted))
-            assert found == wanted or (
-                abs(cdf_V[low] - uniform) < 2e-5 and cdf_V[high - 1] - cdf_V[low] < 2e-5
-            ), f"{filters}, uniform {uniform}: {found}, expected {wanted}"
+        settings: dict[str, Any] = {"temperature": 1.0, **filters}
+        keys = range(12)
+        found = sample(x_V[None], [(0, DrawSettings(key, **settings)) for key in keys])
+        # float32 may keep a token more or less at the border, but only within its rounding.
+        kept = [reference.keep_filtered(x_V, **_scaled(settings, by)) > 0 for by in (1, 1 - 1e-5, 1 + 1e-5)]
+        for key in keys:
+            wanted = {
+                reference.draw_token(x_V, is_kept_V, settings["temperature"], key) for is_kept_V in kept
+            }
+            assert found[key].token_id in wanted, f"{filters}, key {key}: {found[key]}, expected {wanted}"
 
 
-@pytest.mark.parametrize("name", list(rows()))
-@pytest.mark.parametrize("filters", FILTERS, ids=str)
-def test_filters_keep_what_the_specification_keeps(name: str, filters: dict[str, Any]) -> None:
-    x_V = rows()[name]
-    kept_V = reference.keep_filtered(x_V, **{"temperature": 1.0, **filters})
-    kept = np.flatnonzero(kept_V)
-    cdf_V = np.cumsum(kept_V) / kept_V.sum()
-    # The draws at 0 and just below 1 are the first and last id of what is left.
-    assert draw(x_V, uniform=0.0, **filters).token_id == kept[0]
-    last = draw(x_V, uniform=float(np.nextafter(1.0, 0.0)), **filters).token_id
-    assert last == kept[-1] or 1 - cdf_V[last] < 1e-6
-    for token in kept[:: max(1, len(kept) // 40)]:
-        below = cdf_V[token - 1] if token else 0.0
-        if cdf_V[token] - below > 1e-4:
-            assert draw(x_V, uniform=float((below + cdf_V[token]) / 2), **filters).token_id == token
+def _scaled(settings: dict[str, Any], by: float) -> dict[str, Any]:
+    return {
+        name: min(1.0, value * by) if name in ("top_p", "min_p") else value
+        for name, value in settings.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {},
+        {"top_k": 7},
+        {"top_p": 0.6},
+        {"min_p": 0.3},
+        {"top_k": 40, "top_p": 0.8, "min_p": 0.1, "temperature": 1.5},
+    ],
+    ids=str,
+)
+def test_filters_keep_what_the_specification_keeps(filters: dict[str, Any]) -> None:
+    """Everything that is kept is drawn at some time, and nothing else ever."""
+    x_V = np.random.default_rng(31).normal(0, 0.6, 60).astype(np.float32)
+    settings: dict[str, Any] = {"temperature": 1.0, **filters}
+    found = sample(x_V[None], [(0, DrawSettings(key, **settings)) for key in range(5_000)])
+    kept_V = reference.keep_filtered(x_V, **settings)
+    assert {draw.token_id for draw in found} == set(np.flatnonzero(kept_V).tolist())
 
 
 def test_top_p_ties_keep_the_lowest_ids() -> None:
     x_V = np.zeros(1000, np.float32)
-    found = {draw(x_V, uniform=u, top_p=0.1005).token_id for u in np.linspace(0, 0.9999, 2000)}
+    found = {draw(x_V, key=key, top_p=0.1005).token_id for key in range(2000)}
     assert found == set(range(101))
 
 
 def test_top_k_ties_keep_the_lowest_ids() -> None:
     x_V = np.zeros(1000, np.float32)
     x_V[[500, 900]] = 1.0
-    found = {draw(x_V, uniform=u, top_k=5).token_id for u in np.linspace(0, 0.9999, 2000)}
+    found = {draw(x_V, key=key, top_k=5).token_id for key in range(2000)}
     assert found == {0, 1, 2, 500, 900}
 
 
-def test_draws_follow_the_distribution() -> None:
-    """Chi-square over 20,000 draws with a fixed seed; 99.9 % of honest samplers pass."""
-    rng = np.random.default_rng(11)
-    x_V = rng.normal(0, 1.5, 300).astype(np.float32)
+@pytest.mark.parametrize("vocabulary_size", [5, 16, 37, 300])
+def test_draws_follow_the_distribution(vocabulary_size: int) -> None:
+    """20,000 draws with fixed keys, of less than a panel of 16, of one, and of some and a tail."""
+    x_V = np.random.default_rng(11).normal(0, 1.5, vocabulary_size).astype(np.float32)
     num_draws = 20_000
-    for filters in ({}, {"top_p": 0.9}, {"top_k": 30, "temperature": 1.5}):
-        uniforms = rng.random(num_draws)
+    choices: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.5},
+        {"top_p": 0.9},
+        {"top_k": 30, "temperature": 1.5},
+    ]
+    for filters in choices:
         settings: dict[str, Any] = {"temperature": 1.0, **filters}
-        wishes = [(0, DrawSettings(uniform=float(u), **settings)) for u in uniforms]
-        counts = np.bincount([d.token_id for d in sample(x_V[None], wishes)], minlength=300)
+        found = sample(x_V[None], [(0, DrawSettings(key, **settings)) for key in range(num_draws)])
+        counts = np.bincount([draw.token_id for draw in found], minlength=vocabulary_size)
         kept_V = reference.keep_filtered(x_V, **settings)
-        expected = kept_V / kept_V.sum() * num_draws
-        assert counts[expected == 0].sum() == 0
-        tested = expected >= 5
-        statistic = ((counts[tested] - expected[tested]) ** 2 / expected[tested]).sum()
-        freedom = int(tested.sum()) - 1
-        # Wilson and Hilferty's approximation of chi-square's 99.9 % point.
-        assert statistic < freedom * (1 - 2 / (9 * freedom) + 3.09 * np.sqrt(2 / (9 * freedom))) ** 3
+        assert counts[kept_V == 0].sum() == 0
+        assert not exceeds_chi_square(counts, kept_V / kept_V.sum() * num_draws)
+
+
+def test_draws_of_neighboring_keys_are_independent() -> None:
+    x_V = np.array([0.0, 0.5, -0.5, 1.0], np.float32)
+    found = [
+        draw.token_id for draw in sample(x_V[None], [(0, DrawSettings(key, 1.0)) for key in range(20_001)])
+    ]
+    pairs = np.bincount(np.array(found[:-1]) * 4 + np.array(found[1:]), minlength=16)
+    share_V = np.exp(x_V.astype(np.float64)) / np.exp(x_V.astype(np.float64)).sum()
+    assert not exceeds_chi_square(pairs, np.outer(share_V, share_V).reshape(-1) * 20_000)
+
+
+def test_the_token_of_a_key_is_written_down() -> None:
+    """Who changes it changes the tokens of every seed."""
+    assert draw(np.zeros(VOCABULARY, np.float32), key=7).token_id == 174_931
+
+
+def test_logits_that_differ_by_less_than_rounding_are_ranked_by_it() -> None:
+    """At such sizes the noise is lost in the sum: equal logits are drawn evenly, a greater one always."""
+    x_V = np.full(40, 3e38, np.float32)
+    found = sample(x_V[None], [(0, DrawSettings(key, 1.0)) for key in range(4_000)])
+    assert not exceeds_chi_square(np.bincount([d.token_id for d in found], minlength=40), np.full(40, 100.0))
+    x_V[20] = np.nextafter(x_V[20], np.float32(np.inf))
+    assert {draw(x_V, key=key).token_id for key in range(50)} == {20}
 
 
 def test_greedy_takes_the_lowest_id_of_ties() -> None:
@@ -157,8 +192,8 @@ def test_log_probabilities_agree_with_the_specification(name: str) -> None:
 def test_reporting_does_not_change_the_draw() -> None:
     x_V = rows()["peaked"]
     for num_top in (-1, 0, 7):
-        found = draw(x_V, uniform=0.6, top_p=0.8, num_top=num_top)
-        assert found.token_id == draw(x_V, uniform=0.6, top_p=0.8).token_id
+        found = draw(x_V, key=6, top_p=0.8, num_top=num_top)
+        assert found.token_id == draw(x_V, key=6, top_p=0.8).token_id
         assert (found.logprob is None) == (num_top < 0)
         assert len(found.top) == max(0, num_top)
 
@@ -209,7 +244,7 @@ def test_mask_forbids_even_the_best_token() -> None:
     allowed = np.zeros(3, np.uint32)
     allowed[2] = 1 << 5
     for temperature in (0.0, 1.0):
-        found = draw(x_V, temperature=temperature, uniform=0.999, num_top=5, allowed=allowed)
+        found = draw(x_V, temperature=temperature, key=9, num_top=5, allowed=allowed)
         assert found == Draw("ok", 69, 0.0, ((69, 0.0),))
 
 
@@ -240,10 +275,7 @@ def test_scratch_is_what_a_row_with_every_setting_takes(isa: str) -> None:
 def test_rows_are_independent_and_any_number_of_threads_draws_the_same(isa: str) -> None:
     rng = np.random.default_rng(9)
     logits_RV = rng.normal(0, 2, (7, 5003)).astype(np.float32)
-    wishes = [
-        (row, DrawSettings(float(rng.random()), 1.0, top_p=0.9 if row % 2 else 1.0, num_top=row))
-        for row in range(7)
-    ]
+    wishes = [(row, DrawSettings(row, 1.0, top_p=0.9 if row % 2 else 1.0, num_top=row)) for row in range(7)]
     together = sample(logits_RV, wishes)
     runtime.configure(isa, threads=1)
     assert [sample(logits_RV, [wish])[0] for wish in wishes] == together
@@ -253,11 +285,11 @@ def test_every_instruction_set_draws_the_same() -> None:
     rng = np.random.default_rng(17)
     x_V = rng.normal(0, 3, 20_011).astype(np.float32)
     wishes = [
-        (0, DrawSettings(float(rng.random()), temperature, top_k=k, top_p=p, num_top=3))
+        (0, DrawSettings(key, temperature, top_k=k, top_p=p, num_top=3))
         for temperature in (0.7, 1.0, 3.0)
         for k in (0, 100)
         for p in (0.9, 1.0)
-        for _ in range(20)
+        for key in range(20)
     ]
     found = []
     for isa in runtime.supported_isa():
@@ -273,19 +305,14 @@ def test_full_vocabulary_agrees_with_the_specification() -> None:
         choices: list[dict[str, Any]] = [{}, {"top_k": 50}, {"top_p": 0.9}, {"min_p": 0.1}]
         for filters in choices:
             kept_V = reference.keep_filtered(x_V, **{"temperature": 1.0, **filters})
-            cdf_V = np.cumsum(kept_V) / kept_V.sum()
-            for uniform in rng.random(10):
-                found = draw(x_V, uniform=float(uniform), **filters).token_id
-                assert cdf_V[found] >= uniform - 1e-5
-                assert cdf_V[found] - kept_V[found] / kept_V.sum() <= uniform + 1e-5
-                assert kept_V[found] > 0 or filters == {"top_p": 0.9}
+            for key in range(10):
+                wanted = reference.draw_token(x_V, kept_V > 0, 1.0, key)
+                assert draw(x_V, key=key, **filters).token_id == wanted
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"uniform": 1.0}, "uniform is 1.0"),
-        ({"uniform": float("nan")}, "uniform is nan"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"min_p": 2.0}, "min_p is 2.0"),
@@ -309,6 +336,6 @@ def test_wrong_arrays_are_refused() -> None:
     with pytest.raises(TypeError):
         draw(np.zeros(100, np.float64))
     with pytest.raises(TypeError):
-        sample(np.zeros((4, 100), np.float32)[:, ::2], [(0, DrawSettings(0.0, 1.0))])
+        sample(np.zeros((4, 100), np.float32)[:, ::2], [(0, DrawSettings(0, 1.0))])
     with pytest.raises(ValueError, match="row is 4; there are 4"):
-        sample(np.zeros((4, 100), np.float32), [(4, DrawSettings(0.0, 1.0))])
+        sample(np.zeros((4, 100), np.float32), [(4, DrawSettings(0, 1.0))])

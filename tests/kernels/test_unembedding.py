@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from harmonium.kernels import reference_matmul, unembedding
+from harmonium.kernels import reference_matmul, reference_sampling, unembedding
 from harmonium.kernels.unembedding import SplitWeight, Wish
 
 Floats = npt.NDArray[np.float32]
@@ -111,6 +111,54 @@ def test_screening_reads_little_where_one_logit_leads(isa: str) -> None:
     assert out.argmax() == 3 and (out == -np.inf).mean() > 0.99
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("temperature", [1e-9, 0.3, 1.0, 20.0])
+def test_what_a_draw_takes_is_there_to_the_bit(isa: str, seed: int, temperature: float) -> None:
+    weight, x = large(seed)
+    whole = np.empty((4, 5_003), np.float32)
+    unembedding.logits(x, weight, whole)
+    everything = np.ones(5_003, np.bool_)
+    for num_rows in (1, 2, 3, 4):
+        out = np.full((num_rows, 5_003), np.nan, np.float32)
+        keys = [1000 * seed + 10 * num_rows + row for row in range(num_rows)]
+        wishes = [Wish(key=key, temperature=temperature) for key in keys]
+        assert 0 < unembedding.screened_logits(x[:num_rows], weight, wishes, out) <= 1
+        for row in range(num_rows):
+            there = out[row] != -np.inf
+            np.testing.assert_array_equal(out[row][there], whole[row][there])
+            wanted = reference_sampling.draw_token(whole[row], everything, temperature, keys[row])
+            assert there[wanted]
+            assert reference_sampling.draw_token(out[row], there, temperature, keys[row]) == wanted
+
+
+@pytest.mark.parametrize("deviation", [0.5, 2.0, 8.0])
+def test_draws_read_little_of_logits_like_a_models(isa: str, deviation: float) -> None:
+    """Flat or steep: about exp(bound / temperature) rows remain, or those near the greatest."""
+    weight_VD = normal(5, 20_000, 512) * 0.05
+    split, out = unembedding.quantize_unembedding(bf16(weight_VD)), np.empty((1, 20_000), np.float32)
+    x = normal(6, 1, 512) * np.float32(deviation / 0.05 / np.sqrt(512))
+    shares = [
+        unembedding.screened_logits(x, split, [Wish(key=key, temperature=1.0)], out) for key in range(5)
+    ]
+    assert max(shares) < 0.25
+
+
+def test_draws_share_a_step_with_other_rows(isa: str) -> None:
+    weight, x = large(2)
+    whole, out = np.empty((3, 5_003), np.float32), np.empty((3, 5_003), np.float32)
+    unembedding.logits(x[:3], weight, whole)
+    allowed = np.random.default_rng(8).random(5_003) < 0.3
+    wishes = [Wish(3), Wish(key=11, temperature=1.0), Wish(0, words(allowed), 12, 1.0)]
+    unembedding.screened_logits(x[:3], weight, wishes, out)
+    check_kept(out[0], whole[0], 3)
+    for row, key, kept in ((1, 11, np.ones(5_003, np.bool_)), (2, 12, allowed)):
+        there = out[row] != -np.inf
+        np.testing.assert_array_equal(out[row][there], whole[row][there])
+        assert not (there & ~kept).any()
+        wanted = reference_sampling.draw_token(whole[row], kept, 1.0, key)
+        assert reference_sampling.draw_token(out[row], there, 1.0, key) == wanted
+
+
 @pytest.mark.parametrize("keep", [0, 1, 5])
 def test_a_mask_leaves_the_greatest_of_what_it_allows(isa: str, keep: int) -> None:
     weight, x = large(9)
@@ -152,6 +200,12 @@ def test_very_small_and_very_large_numbers_hide_nothing(isa: str, scale: float) 
     unembedding.screened_logits(x, split, [Wish(3)] * 2, out)
     for row in range(2):
         check_kept(out[row], whole[row], 3)
+    everything = np.ones(300, np.bool_)
+    unembedding.screened_logits(x, split, [Wish(key=5, temperature=1.0)] * 2, out)
+    for row in range(2):
+        there = out[row] != -np.inf
+        wanted = reference_sampling.draw_token(whole[row], everything, 1.0, 5)
+        assert there[wanted] and reference_sampling.draw_token(out[row], there, 1.0, 5) == wanted
 
 
 def test_what_is_not_finite_is_never_screened_away(isa: str) -> None:
@@ -160,8 +214,9 @@ def test_what_is_not_finite_is_never_screened_away(isa: str) -> None:
     split, out = unembedding.quantize_unembedding(weight_VD), np.zeros((2, 200), np.float32)
     x = normal(2, 2, 64)
     x[1, 5] = np.nan
-    unembedding.screened_logits(x, split, [Wish(1)] * 2, out)
-    assert np.isnan(out[0, [3, 170]]).all() and np.isnan(out[1]).all()
+    for wish in (Wish(1), Wish(key=3, temperature=1.0)):
+        unembedding.screened_logits(x, split, [wish] * 2, out)
+        assert np.isnan(out[0, [3, 170]]).all() and np.isnan(out[1]).all()
 
 
 def test_errors_are_within_the_bound_that_screening_trusts() -> None:
@@ -190,6 +245,10 @@ def test_wrong_arrays_are_named() -> None:
         )
     with pytest.raises(ValueError, match="keep is -1"):
         unembedding.screened_logits(x[:1], weight, [Wish(-1)], out[:1])
+    with pytest.raises(ValueError, match="temperature is -1"):
+        unembedding.screened_logits(x[:1], weight, [Wish(temperature=-1.0)], out[:1])
+    with pytest.raises(ValueError, match="both keep and a temperature"):
+        unembedding.screened_logits(x[:1], weight, [Wish(2, temperature=1.0)], out[:1])
     with pytest.raises(ValueError, match="one for each row"):
         unembedding.screened_logits(x[:2], weight, [Wish(1)], out[:2])
     with pytest.raises(ValueError, match="too few words"):

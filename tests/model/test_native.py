@@ -249,7 +249,7 @@ def test_step_without_rows_only_fills_the_cache() -> None:
 
 def test_greedy_tokens_are_the_best_logits_even_with_more_rows_than_scratch_holds() -> None:
     tokens = prompt("tall", 40)
-    greedy = tuple(RowSampling(SamplingParams(temperature=0.0), uniform=0.5) for _ in tokens)
+    greedy = tuple(RowSampling(SamplingParams(temperature=0.0), key=5) for _ in tokens)
     driver = Driver(runner_for("tall", "int8"))
     sampled = driver.step({"": tokens}, sampling=greedy).tokens
     best = native_logits("tall", "int8", tokens).argmax(axis=1)

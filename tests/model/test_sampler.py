@@ -14,7 +14,7 @@ GREEDY = SamplingParams(temperature=0.0)
 def test_rows_without_sampling_give_none() -> None:
     logits_RV = np.zeros((3, 40), np.float32)
     logits_RV[1, 7] = 2.0
-    assert sample_rows(logits_RV, [None, RowSampling(GREEDY, 0.0), None]) == (None, SampledToken(7), None)
+    assert sample_rows(logits_RV, [None, RowSampling(GREEDY, 0), None]) == (None, SampledToken(7), None)
     assert sample_rows(logits_RV[:0], []) == ()
     assert sample_rows(logits_RV, [None] * 3) == (None, None, None)
 
@@ -50,11 +50,11 @@ def test_each_setting_reaches_the_draw() -> None:
         bias=np.array([3.0, -2.0], np.float32),
     )
     kept_V = reference.keep_filtered(adjusted_V, 0.8, 30, 0.9, 0.03)
-    for uniform in (0.05, 0.3, 0.55, 0.9):
-        row = RowSampling(params, uniform, ids[:2], ids, counts, mask)
+    for key in range(30):
+        row = RowSampling(params, key, ids[:2], ids, counts, mask)
         (found,) = sample_rows(x_V[None], [row])
         assert found is not None
-        assert found.token_id == reference.draw_by_id(kept_V, uniform)
+        assert found.token_id == reference.draw_token(adjusted_V, kept_V > 0, 0.8, key)
         assert found.logprob == pytest.approx(
             reference.log_probabilities(adjusted_V)[found.token_id], abs=1e-5
         )
@@ -66,17 +66,17 @@ def test_nan_names_row_and_token() -> None:
     logits_RV = np.zeros((2, 50), np.float32)
     logits_RV[1, [17, 20]] = np.nan
     with pytest.raises(EngineError, match="logits in row 1 are NaN for 2 of 50 tokens, first for token 17"):
-        sample_rows(logits_RV, [RowSampling(GREEDY, 0.0), RowSampling(GREEDY, 0.0)])
-    assert sample_rows(logits_RV, [RowSampling(GREEDY, 0.0), None]) == (SampledToken(0), None)
+        sample_rows(logits_RV, [RowSampling(GREEDY, 0), RowSampling(GREEDY, 0)])
+    assert sample_rows(logits_RV, [RowSampling(GREEDY, 0), None]) == (SampledToken(0), None)
 
 
 def test_a_mask_that_allows_nothing_is_an_engine_error() -> None:
-    row = RowSampling(GREEDY, 0.0, allowed_mask=np.zeros(2, np.uint32))
+    row = RowSampling(GREEDY, 0, allowed_mask=np.zeros(2, np.uint32))
     with pytest.raises(EngineError, match="no token can follow in row 0"):
         sample_rows(np.zeros((1, 50), np.float32), [row])
 
 
 def test_bias_outside_the_vocabulary_is_a_request_error() -> None:
-    row = RowSampling(SamplingParams(logit_bias={50: 1.0}), 0.0)
+    row = RowSampling(SamplingParams(logit_bias={50: 1.0}), 0)
     with pytest.raises(RequestError, match="token 50; the vocabulary has 50"):
         sample_rows(np.zeros((1, 50), np.float32), [row])

@@ -18,7 +18,7 @@ from tests.model.torch_extra import torch
 from harmonium.model.torch import TorchModel  # isort: skip
 from harmonium.model.torch_runner import TorchRunner  # isort: skip
 
-GREEDY = RowSampling(SamplingParams(temperature=0.0), uniform=0.0)
+GREEDY = RowSampling(SamplingParams(temperature=0.0), key=0)
 
 
 def _runner(name: str, max_batch_tokens: int = 512) -> Runner:
