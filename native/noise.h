@@ -10,6 +10,8 @@
 // Source: the Gumbel-max trick, e.g. Maddison, Tarlow, Minka 2014 (arXiv:1411.0030), section 2; SplitMix64, S. Vigna.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -87,7 +89,8 @@ inline double most_noise(std::uint64_t key, std::int64_t panel) {
 // the same number, the greater logit, then the greater noise decides; so the order of offers does not matter.
 class Race {
  public:
-  Race(std::uint64_t key, double temperature) : key_(key), inverse_temperature_(1 / temperature) {}
+  Race(std::uint64_t key, double temperature)
+      : key_(key), temperature_(std::max(temperature, kMinTemperature)), inverse_temperature_(1 / temperature_) {}
 
   double best() const { return best_; }
   std::int32_t token_id() const { return token_id_; }
@@ -96,15 +99,16 @@ class Race {
   double score(float logit, double noise) const { return static_cast<double>(logit) * inverse_temperature_ + noise; }
 
   double noise(std::int64_t token) const { return noise_of(key_, token); }
-  double most(std::int64_t panel) const { return most_noise(key_, panel); }
+
+  // Logits below it cannot score `best`, whichever token of the panel they are of. Not a number: nothing is known.
+  float least_logit(std::int64_t panel, double best) const {
+    const double most = most_noise(key_, panel), slack = 1e-6 * (std::fabs(best) + most);  // for rounding
+    return static_cast<float>((best - most - slack) * temperature_);
+  }
+  float least_logit(std::int64_t panel) const { return least_logit(panel, best_); }
 
   void offer(std::int64_t token, float logit) {
     if (!(logit > -std::numeric_limits<float>::infinity())) return;
-    if (token / kNoisePanel != panel_) {
-      panel_ = token / kNoisePanel;
-      most_ = most_noise(key_, panel_);
-    }
-    if (score(logit, most_) < best_) return;
     const double noise = noise_of(key_, token), found = score(logit, noise);
     if (found < best_ || (found == best_ && !(logit > logit_ || (logit == logit_ && noise > noise_)))) return;
     best_ = found;
@@ -115,13 +119,11 @@ class Race {
 
  private:
   std::uint64_t key_;
-  double inverse_temperature_;
+  double temperature_, inverse_temperature_;
   double best_ = -std::numeric_limits<double>::infinity();
   float logit_ = -std::numeric_limits<float>::infinity();
   double noise_ = 0;
   std::int32_t token_id_ = -1;
-  std::int64_t panel_ = -1;
-  double most_ = 0;
 };
 
 }  // namespace harmonium

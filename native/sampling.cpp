@@ -292,8 +292,9 @@ float bound_of_filters(const Row& row, double temperature, double total) {
                             kBoundSlack * 1e-4 * std::fabs(row.max));
 }
 
-std::int32_t draw_filtered(const Row& row, double temperature, Candidates& found) {
+std::int32_t draw_filtered(const Row& row, Candidates& found) {
   const SampleRow& spec = row.spec;
+  const double temperature = std::max(spec.temperature, kMinTemperature);
   const float inverse = static_cast<float>(1 / temperature);
   const bool has_top_k = spec.top_k > 0 && spec.top_k < row.vocabulary;
   double total = 0;
@@ -311,9 +312,16 @@ std::int32_t draw_filtered(const Row& row, double temperature, Candidates& found
     keep(found, find_cut(found, found.e, spec.top_p * total), true);
   }
   const float least = static_cast<float>(spec.min_p);
-  Race race(spec.key, temperature);
+  Race race(spec.key, spec.temperature);
+  std::int64_t panel = -1;
+  float least_logit = 0;
   for (std::int64_t i = 0; i < found.count; ++i) {
-    if (spec.min_p <= 0 || found.e[i] >= least) race.offer(found.id[i], found.x[i]);
+    if (spec.min_p > 0 && found.e[i] < least) continue;
+    if (found.id[i] / kNoisePanel != panel) {
+      panel = found.id[i] / kNoisePanel;
+      least_logit = race.least_logit(panel);
+    }
+    if (!(found.x[i] < least_logit)) race.offer(found.id[i], found.x[i]);
   }
   return race.token_id();
 }
@@ -323,13 +331,16 @@ static_assert(kSampleBlock % kNoisePanel == 0);
 void offer_block(const Row& row, std::int64_t block, Race& race) {
   const std::int64_t end = std::min(row.vocabulary, (block + 1) * kSampleBlock);
   for (std::int64_t first = block * kSampleBlock; first < end; first += kNoisePanel) {
-    if (race.score(row.block_max[block], race.most(first / kNoisePanel)) < race.best()) continue;
-    for (std::int64_t i = first; i < std::min(end, first + kNoisePanel); ++i) race.offer(i, row.x[i]);
+    const float least = race.least_logit(first / kNoisePanel);
+    if (row.block_max[block] < least) continue;
+    for (std::int64_t i = first; i < std::min(end, first + kNoisePanel); ++i) {
+      if (!(row.x[i] < least)) race.offer(i, row.x[i]);
+    }
   }
 }
 
-std::int32_t draw_unfiltered(const Row& row, double temperature) {
-  Race race(row.spec.key, temperature);
+std::int32_t draw_unfiltered(const Row& row) {
+  Race race(row.spec.key, row.spec.temperature);
   // The greatest first: the better the best so far, the fewer of the others need their noise.
   const std::int64_t greatest = std::find(row.block_max, row.block_max + row.num_blocks, row.max) - row.block_max;
   offer_block(row, greatest, race);
@@ -345,15 +356,14 @@ SampleStatus draw(const Row& row, std::int32_t* token_id) {
     *token_id = argmax(row);
     return SampleStatus::ok;
   }
-  const double temperature = std::max(spec.temperature, kMinTemperature);
   const bool has_top_k = spec.top_k > 0 && spec.top_k < row.vocabulary;
   if (!has_top_k && spec.top_p >= 1 && spec.min_p <= 0) {
-    *token_id = draw_unfiltered(row, temperature);
+    *token_id = draw_unfiltered(row);
     return SampleStatus::ok;
   }
   Candidates found;
   if (!allocate(row, found)) return SampleStatus::out_of_memory;
-  *token_id = draw_filtered(row, temperature, found);
+  *token_id = draw_filtered(row, found);
   return SampleStatus::ok;
 }
 

@@ -109,9 +109,7 @@ static_assert(kPanelRows == kNoisePanel);
 // What a thread has seen of a row: the greatest of those that are looked for.
 class Seen {
  public:
-  explicit Seen(const ScreenRow& row) : draws_(row.draws()), best_(row.keep), race_(race_of(row)) {}
-
-  static Race race_of(const ScreenRow& row) { return Race(row.key, std::max(row.temperature, kMinTemperature)); }
+  explicit Seen(const ScreenRow& row) : draws_(row.draws()), best_(row.keep), race_(row.key, row.temperature) {}
 
   // Returns what another must reach to matter, as far as this thread knows.
   double add(std::int64_t output, float logit) {
@@ -152,13 +150,13 @@ struct Screening {
   bool may_matter(int row, std::int64_t panel, unsigned lanes, const Estimate& estimate) const {
     const double threshold = least[row].load(std::memory_order_relaxed);
     const bool draws = rows[row].draws();
-    const double most = draws ? race[row].most(panel) : 0;
+    const float needed = draws ? race[row].least_logit(panel, threshold) : static_cast<float>(threshold);
     for (int lane = 0; lane < kPanelRows; ++lane) {
       if (!(lanes >> lane & 1)) continue;
       const float value = estimate.value[lane], variance = estimate.variance[lane];
       if (!(variance >= kLeastVariance) || !(std::fabs(value) <= kMostEstimate)) return true;
       const float bound = value + margin * std::sqrt(variance);
-      if ((draws ? race[row].score(bound, most) : static_cast<double>(bound)) < threshold) continue;
+      if (bound < needed) continue;
       if (!draws || !(race[row].score(bound, race[row].noise(panel * kPanelRows + lane)) < threshold)) return true;
     }
     return false;
@@ -259,7 +257,7 @@ std::int64_t screen(const float* x, std::int64_t num_rows, const Weight& weight,
   for (int row = 0; row < screening.num_rows; ++row) {
     describe(memory + row * screening.x.row_bytes, num_blocks, &center[row * num_blocks], &square[row * num_blocks]);
     token[row] = row;
-    screening.race.push_back(Seen::race_of(rows[row]));
+    screening.race.emplace_back(rows[row].key, rows[row].temperature);
     screening.least[row] = -kInfinity;
   }
   std::atomic<std::int64_t> taken{0};
