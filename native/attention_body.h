@@ -19,22 +19,26 @@ struct Plain {
   void beside(std::int64_t) const {}
 };
 
-// Asks for the memory of the next chunk, a little each step: spread over the arithmetic, these requests wait for memory
+// Asks for the keys of the next chunk, a little each step: spread over the arithmetic, these requests wait for memory
 // while the sums go on. The memory is that of kPair positions, from `position` of the chunk, if they lie in one block.
 template <typename Chunk>
-struct Ahead : Plain {
-  const Chunk* chunk;
+struct KeysAhead : Plain {
+  const Chunk* next;
   std::int64_t position;
-  HARMONIUM_INLINE void beside(std::int64_t k) const { chunk->ask(position, k); }
+  HARMONIUM_INLINE void beside(std::int64_t k) const { next->ask_keys(position, k); }
 };
 
-// Values as they lie in the cache, from position `low` of the chunk.
+// Values as they lie in the cache, from position `low` of the chunk. Asks for those of the next chunk, for all that are
+// asked for at once wait for each other.
 template <typename Chunk>
 struct Direct {
   const Chunk* chunk;
+  const Chunk* next;
   std::int64_t low, column;
   V at(std::int64_t k, std::int64_t lane) const { return chunk->value(low + k, column + lane); }
-  void beside(std::int64_t) const {}
+  HARMONIUM_INLINE void beside(std::int64_t k) const {
+    if (low + k < next->rows->count) next->ask_value(low + k, column);
+  }
 };
 
 // c = a . b, or c = c * factor[row] + a . b, for kRows rows and 2 vectors.
@@ -171,9 +175,12 @@ inline void score_rows(const AttentionTile& t, const Work& w, std::int64_t row, 
   for (std::int64_t n = n0; n < n1; n += kPair) {
     const Plain keys = {w.key + n, kKeyChunk};
     if (row == 0 && n < next.rows->count) {
-      const Ahead<Chunk> ahead = {keys, &next, n};
+      const KeysAhead<Chunk> ahead = {keys, &next, n};
       next.ask_scales(n);
       product_block<false>(query, t.head_size, ahead, t.head_size, w.score + n, kKeyChunk, nullptr);
+      for (std::int64_t i = n; !w.is_direct && i < smaller(n + kPair, next.rows->count); ++i) {
+        for (std::int64_t k = 0; k < t.head_size; k += kPair) next.ask_value(i, k);
+      }
     } else {
       product_block<false>(query, t.head_size, keys, t.head_size, w.score + n, kKeyChunk, nullptr);
     }
@@ -183,11 +190,11 @@ inline void score_rows(const AttentionTile& t, const Work& w, std::int64_t row, 
 // out = out * factor + weight . value for kRows rows and the chunk's positions [low, high].
 template <typename Chunk>
 inline void add_values(const Work& w, std::int64_t row, std::int64_t low, std::int64_t high, const Chunk& chunk,
-                       const float* factor) {
+                       const Chunk& next, const float* factor) {
   for (std::int64_t n = 0; n < w.width; n += kPair) {
     float* out = w.out + row * w.width + n;
     if (w.is_direct) {
-      const Direct<Chunk> values = {&chunk, low, n};
+      const Direct<Chunk> values = {&chunk, &next, low, n};
       product_block<true>(w.score + low, kKeyChunk, values, high + 1 - low, out, w.width, factor);
     } else {
       const Plain values = {w.value + low * w.width + n, w.width};
@@ -219,7 +226,7 @@ inline void attend_rows(const AttentionTile& t, const Work& w, std::int64_t row,
     for (std::int64_t n = last; n < n1; ++n) score[n] = -__builtin_inff();
     factor[r] = weigh_row(score, n0, n1, w.top + row + r, w.sum + row + r);
   }
-  add_values(w, row, low, high, chunk, factor);
+  add_values(w, row, low, high, chunk, next, factor);
 }
 
 // out = value / (sum + exp(sink - top)), written so that neither exponent is positive.

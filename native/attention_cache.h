@@ -35,11 +35,13 @@ struct Bf16Chunk {
 
   HARMONIUM_INLINE void ask_scales(std::int64_t) const {}
 
-  // Step k of head_size: a piece of the memory of kPair positions from the given one.
-  HARMONIUM_INLINE void ask(std::int64_t position, std::int64_t k) const {
-    const std::int64_t at = rows->at[position] * head_size + k * kPair;
-    prefetch(keys + at);
-    prefetch(values + at);
+  // Step k of head_size: a piece of the memory of the keys of kPair positions from the given one.
+  HARMONIUM_INLINE void ask_keys(std::int64_t position, std::int64_t k) const {
+    prefetch(keys + rows->at[position] * head_size + k * kPair);
+  }
+  // That of kPair elements of one position's value.
+  HARMONIUM_INLINE void ask_value(std::int64_t position, std::int64_t k) const {
+    prefetch(values + rows->at[position] * head_size + k);
   }
 };
 
@@ -93,8 +95,11 @@ struct Int8Chunk {
     }
   }
 
-  // Keys at even steps, values at odd ones: half the bytes of bf16 take half the requests.
-  HARMONIUM_INLINE void ask(std::int64_t position, std::int64_t k) const {
-    prefetch((k & 1 ? values : keys) + rows->at[position] * head_size + k / 2 * 2 * kPair);
+  // At even steps alone: half the bytes of bf16 take half the requests.
+  HARMONIUM_INLINE void ask_keys(std::int64_t position, std::int64_t k) const {
+    if (!(k & 1)) prefetch(keys + rows->at[position] * head_size + k * kPair);
+  }
+  HARMONIUM_INLINE void ask_value(std::int64_t position, std::int64_t k) const {
+    if (k % (2 * kPair) == 0) prefetch(values + rows->at[position] * head_size + k);
   }
 };
