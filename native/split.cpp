@@ -146,11 +146,25 @@ struct Screening {
     return bits ? bits[first / 32] >> (first % 32) & there : there;
   }
 
+  // Whether all of the panel are certainly below `needed`, which most panels are: no roots, no branches. The bound is below
+  // it if its square is below the distance's; the last factor is more than the squares are rounded by.
+  bool are_below(const Estimate& estimate, float needed) const {
+    const float factor = margin * margin * 1.00001f;
+    int count = 0;
+    for (int lane = 0; lane < kPanelRows; ++lane) {
+      const float value = estimate.value[lane], variance = estimate.variance[lane], distance = needed - value;
+      count += (variance >= kLeastVariance) & (std::fabs(value) <= kMostEstimate) & (distance > 0) &
+               (variance * factor < distance * distance);
+    }
+    return count == kPanelRows;
+  }
+
   // Whether an output of the panel may be one of those that a row keeps or draws.
   bool may_matter(int row, std::int64_t panel, unsigned lanes, const Estimate& estimate) const {
     const double threshold = least[row].load(std::memory_order_relaxed);
     const bool draws = rows[row].draws();
     const float needed = draws ? race[row].least_logit(panel, threshold) : static_cast<float>(threshold);
+    if (are_below(estimate, needed)) return false;
     for (int lane = 0; lane < kPanelRows; ++lane) {
       if (!(lanes >> lane & 1)) continue;
       const float value = estimate.value[lane], variance = estimate.variance[lane];

@@ -8,16 +8,20 @@ namespace {
 
 #include "split_body.h"
 
-// How far ahead of its loads each half is fetched.
-constexpr int kAhead = 4096;
+// How far ahead of its loads each half is fetched, and high halves alone.
+constexpr int kBothAhead = 4096;
+constexpr int kHighAhead = 6144;
 
+template <int kAhead>
 inline __attribute__((always_inline)) void fetch(const uint8_t* p) {
   _mm_prefetch(reinterpret_cast<const char*>(p + kAhead), _MM_HINT_NTA);
 }
 
-inline __attribute__((always_inline)) __m512 scale_at_block(const uint8_t* high, int64_t b, bool is_fetched) {
+// kAhead 0: not to be fetched.
+template <int kAhead>
+inline __attribute__((always_inline)) __m512 scale_at_block(const uint8_t* high, int64_t b) {
   const uint8_t* from = high + b / 2 * kSplitPairBytes + 512 + b % 2 * 32;
-  if (is_fetched && b % 2 == 0) fetch(from);
+  if (kAhead && b % 2 == 0) fetch<kAhead>(from);
   return expand_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
 
@@ -54,7 +58,7 @@ void panels_of(const uint8_t* high, const uint8_t* low, int64_t num_blocks, cons
       __m512i even[NP], odd[NP];
       for (int p = 0; p < NP; ++p) {
         const uint8_t *from = h + p * high_stride + g * kPart, *more = l + p * low_stride + g * kPart;
-        if (kStream) fetch(from), fetch(more);
+        if (kStream) fetch<kBothAhead>(from), fetch<kBothAhead>(more);
         const __m512i upper = _mm512_loadu_si512(from), lower = _mm512_loadu_si512(more);
         even[p] = select(_mm512_slli_epi16(upper, 4), lower);
         odd[p] = select(upper, _mm512_srli_epi16(lower, 4));
@@ -67,7 +71,7 @@ void panels_of(const uint8_t* high, const uint8_t* low, int64_t num_blocks, cons
       }
     }
     for (int p = 0; p < NP; ++p) {
-      const __m512 scale = scale_at_block(high + p * high_stride, b, kStream);
+      const __m512 scale = scale_at_block<kStream ? kBothAhead : 0>(high + p * high_stride, b);
       for (int t = 0; t < NT; ++t) {
         const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(from_bits(dword(row[t] + scale_at + b * 4))));
         sum[t][p] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[t][p]), both, sum[t][p]);
@@ -123,7 +127,7 @@ void estimate_of(const uint8_t* high, int64_t num_blocks, const uint8_t* x, int6
     for (int t = 0; t < NT; ++t) even[t] = odd[t] = _mm512_setzero_si512();
 #pragma GCC unroll 4
     for (int g = 0; g < 4; ++g) {
-      fetch(h + g * kPart);
+      fetch<kHighAhead>(h + g * kPart);
       const __m512i v = _mm512_loadu_si512(h + g * kPart);
       // The odd ones stay where they are, 16 times as great.
       const __m512i e = _mm512_and_si512(v, lower), o = _mm512_and_si512(v, upper);
@@ -133,7 +137,7 @@ void estimate_of(const uint8_t* high, int64_t num_blocks, const uint8_t* x, int6
         odd[t] = _mm512_dpbusd_epi32(odd[t], o, _mm512_set1_epi32(dword(a + 64)));
       }
     }
-    const __m512 s = scale_at_block(high, b, true);
+    const __m512 s = scale_at_block<kHighAhead>(high, b);
     const __m512 squared = _mm512_mul_ps(s, s);
     for (int t = 0; t < NT; ++t) {
       const __m512 acc = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(even[t], 4), odd[t]));
