@@ -36,12 +36,13 @@ std::int64_t row_bytes_of(Activations activations, std::int64_t num_inputs) {
 
 // What a weight needs done to int8 activations: its offset, and the half that doubled e2m1 values owe.
 void prepare_row(const Weight& weight, Activations kind, const float* x, std::uint8_t* row) {
+  const bool is_mxfp4 = weight.kind == Weight::Kind::mxfp4 || weight.kind == Weight::Kind::ggml;
   if (kind == Activations::bf16) {
-    bf16_table().round_row(x, weight.num_inputs, reinterpret_cast<std::uint16_t*>(row));
+    const auto round = is_mxfp4 ? bf16_table().round_mxfp4_row : bf16_table().round_row;
+    round(x, weight.num_inputs, reinterpret_cast<std::uint16_t*>(row));
   } else if (weight.kind == Weight::Kind::split) {
     quantize_split_row(x, weight.num_inputs, row);
-  } else if (weight.kind == Weight::Kind::mxfp4 || weight.kind == Weight::Kind::packed ||
-             weight.kind == Weight::Kind::ggml) {
+  } else if (is_mxfp4 || weight.kind == Weight::Kind::packed) {
     int8_table().quantize_row(x, weight.num_inputs, kMxfp4Offset, 0.5f, row);
   } else {
     int8_table().quantize_row(x, weight.num_inputs, kInt8Offset, 1.0f, row);
@@ -224,12 +225,7 @@ float* product(const Weight& weight, std::int64_t expert, std::int64_t first, in
     int8.panel_product(panels, num_panels, num_blocks, kMxfp4Offset, x.data, x.row_bytes, token, num_tokens, next,
                        tile);
   } else {
-    // Four rows at a time: they are still in L1 when the products read them.
-    for (int r = 0; r < num_rows; r += 4) {
-      const int few = std::min(4, num_rows - r);
-      bf16.mxfp4_to_bf16(blocks + r * num_blocks * 16, scales + r * num_blocks, few, num_blocks, words);
-      bf16.bf16_product(words, few, weight.num_inputs, x.data, x.row_bytes, token, num_tokens, tile + r);
-    }
+    bf16.mxfp4_product(blocks, scales, num_rows, num_blocks, x.data, x.row_bytes, token, num_tokens, words, tile);
   }
   return tile;
 }

@@ -163,9 +163,13 @@ struct SplitTable {
 struct Bf16Table {
   // One row of activations to bf16, to nearest even.
   void (*round_row)(const float* x, std::int64_t num_inputs, std::uint16_t* row);
-  // MXFP4 rows (num_rows <= 32) to bf16 [num_rows][num_blocks * 32].
-  void (*mxfp4_to_bf16)(const std::uint8_t* blocks, const std::uint8_t* scales, int num_rows, std::int64_t num_blocks,
-                        std::uint16_t* weight);
+  // The same for products with MXFP4, inputs in the order in which this instruction set decodes it.
+  void (*round_mxfp4_row)(const float* x, std::int64_t num_inputs, std::uint16_t* row);
+  // Products with MXFP4 rows (num_rows <= 32), activations of round_mxfp4_row. A token's sums are the same to the bit
+  // with any number of others. `decoded`: room for [num_rows][num_blocks * 32] bf16.
+  void (*mxfp4_product)(const std::uint8_t* blocks, const std::uint8_t* scales, int num_rows, std::int64_t num_blocks,
+                        const std::uint8_t* x, std::int64_t row_bytes, const std::int32_t* token, int num_tokens,
+                        std::uint16_t* decoded, float* tile);
   // Products with bf16 rows [num_rows <= 32][num_inputs], bf16 activations.
   void (*bf16_product)(const std::uint16_t* weight, int num_rows, std::int64_t num_inputs, const std::uint8_t* x,
                        std::int64_t row_bytes, const std::int32_t* token, int num_tokens, float* tile);

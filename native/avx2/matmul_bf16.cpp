@@ -120,8 +120,18 @@ void bf16_column_product(const uint16_t* weight, int64_t num_inputs, const uint8
   if (t < num_tokens) bf16_columns<1>(weight, num_inputs, x, row_bytes, token + t, tile + t * kTileRows);
 }
 
+void mxfp4_product(const uint8_t* blocks, const uint8_t* scales, int num_rows, int64_t num_blocks, const uint8_t* x,
+                   int64_t row_bytes, const int32_t* token, int num_tokens, uint16_t* decoded, float* tile) {
+  // Four rows at a time: they are still in L1 when the products read them.
+  for (int r = 0; r < num_rows; r += 4) {
+    const int few = num_rows - r < 4 ? num_rows - r : 4;
+    mxfp4_to_bf16(blocks + r * num_blocks * 16, scales + r * num_blocks, few, num_blocks, decoded);
+    bf16_product(decoded, few, num_blocks * kBlock, x, row_bytes, token, num_tokens, tile + r);
+  }
+}
+
 }  // namespace
 
-const Bf16Table kAvx2Bf16 = {round_row, mxfp4_to_bf16, bf16_product, bf16_column_product};
+const Bf16Table kAvx2Bf16 = {round_row, round_row, mxfp4_product, bf16_product, bf16_column_product};
 
 }  // namespace harmonium
