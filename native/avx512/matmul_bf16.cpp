@@ -6,6 +6,8 @@ namespace harmonium {
 
 namespace {
 
+#include "mxfp4_bf16_body.h"
+
 // Tokens by rows of a tile: 16 sums, 4 weights and what they are made of are in registers, and four rows of activations
 // leave L1 room for the weights. Six tokens are 20 % slower for it (measured).
 constexpr int kMostTokens = 4;
@@ -48,17 +50,6 @@ void round_mxfp4_row(const float* x, int64_t num_inputs, uint16_t* row) {
       for (int s = 0; s < 4; ++s) memcpy(row + b * kBlock + 8 * count * s + i, piece + s, 8);
     }
   }
-}
-
-// Whether all scales are 2^-125 to 1, as those of real weights are: decode_run lowers exponents in place.
-bool are_usual(const uint8_t* scales, int64_t count) {
-  const __m512i least = _mm512_set1_epi8(2);
-  __m512i most = _mm512_setzero_si512();
-  for (int64_t i = 0; i < count; i += 64) {
-    const auto mask = static_cast<__mmask64>(count - i >= 64 ? ~uint64_t{0} : (uint64_t{1} << (count - i)) - 1);
-    most = _mm512_max_epu8(most, _mm512_sub_epi8(_mm512_mask_loadu_epi8(least, mask, scales + i), least));
-  }
-  return _mm512_cmpgt_epu8_mask(most, _mm512_set1_epi8(125)) == 0;
 }
 
 // A run of blocks as words whose lowest nibbles come first, and what their exponents are lowered by. Of four blocks
@@ -107,18 +98,10 @@ inline __attribute__((always_inline)) __m512i next_weights(Run& run) {
   return weights;
 }
 
-// A run's weights by way of float32 and one at a time, for scales near the ends of the range.
+// A run's weights one at a time, for scales near the ends of the range.
 void decode_unusual_run(const uint8_t* blocks, const uint8_t* scales, int num_blocks, uint16_t* weight) {
-  static const float value[8] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
-  for (int i = 0; i < 8 * num_blocks; ++i) {
-    const uint8_t e = scales[i / 8];
-    const float scale = from_bits(e == 255 ? kNan : e == 0 ? 0x00400000u : static_cast<uint32_t>(e) << 23);
-    for (int s = 0; s < 4; ++s) {
-      const int nibble = blocks[2 * i + s / 2] >> (s & 1) * 4 & 15;
-      // Exact: one bit of mantissa at most, and 0.5 * 2^-127 is still a bf16 denormal.
-      const float v = value[nibble & 7] * (nibble & 8 ? -scale : scale);
-      weight[8 * num_blocks * s + i] = static_cast<uint16_t>(to_bits(v) >> 16);
-    }
+  for (int i = 0; i < num_blocks * kBlock; ++i) {
+    weight[8 * num_blocks * (i % 4) + i / 4] = any_weight(blocks + i / kBlock * 16, scales[i / kBlock], i % kBlock);
   }
 }
 
@@ -233,9 +216,8 @@ void bf16_product(const uint16_t* weight, int num_rows, int64_t num_inputs, cons
                   const int32_t* token, int num_tokens, float* tile) {
   using Fn = void (*)(const uint16_t*, int, int64_t, const uint8_t*, int64_t, const int32_t*, float*);
   constexpr Fn by_count[kMostTokens] = {bf16_tokens<1>, bf16_tokens<2>, bf16_tokens<3>, bf16_tokens<4>};
-  int passes = (num_tokens + kMostTokens - 1) / kMostTokens;
-  for (int t = 0, count; t < num_tokens; t += count, --passes) {
-    count = (num_tokens - t + passes - 1) / passes;
+  for (int t = 0, count; t < num_tokens; t += count) {
+    count = num_tokens - t < kMostTokens ? num_tokens - t : kMostTokens;
     by_count[count - 1](weight, num_rows, num_inputs, x, row_bytes, token + t, tile + t * kTileRows);
   }
 }
@@ -252,9 +234,8 @@ void mxfp4_product(const uint8_t* blocks, const uint8_t* scales, int num_rows, i
   }
   using Fn = void (*)(const uint8_t*, const uint8_t*, int, int64_t, const uint8_t*, int64_t, const int32_t*, float*);
   constexpr Fn by_count[kMostTokens] = {mxfp4_tokens<1>, mxfp4_tokens<2>, mxfp4_tokens<3>, mxfp4_tokens<4>};
-  int passes = (num_tokens + kMostTokens - 1) / kMostTokens;
-  for (int t = 0, count; t < num_tokens; t += count, --passes) {
-    count = (num_tokens - t + passes - 1) / passes;
+  for (int t = 0, count; t < num_tokens; t += count) {
+    count = num_tokens - t < kMostTokens ? num_tokens - t : kMostTokens;
     by_count[count - 1](blocks, scales, num_rows, num_blocks, x, row_bytes, token + t, tile + t * kTileRows);
   }
 }
