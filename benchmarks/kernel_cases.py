@@ -76,11 +76,11 @@ def expert_cases() -> Iterator[Case]:
         name = f"{count} tokens, 2 of 4 experts"
         experts = (*up, up_bias, *down, down_bias)
         yield f"moe_mxfp4 int8, {name}", _bind(matmul.moe_mxfp4, *start, *experts, *end)
+        yield f"moe_mxfp4 bf16, {name}", _bind(matmul.moe_mxfp4, *start, *experts, *end, "bf16")
         yield (
             f"moe_packed, {name}",
             _bind(matmul.moe_packed, *start, packed[0], up_bias, packed[1], down_bias, *end),
         )
-    yield f"moe_mxfp4 bf16, {name}", _bind(matmul.moe_mxfp4, *start, *experts, *end, "bf16")
     plain = (bits(16, NUM_EXPERTS, WIDTH, 2 * WIDTH), up_bias, bits(17, NUM_EXPERTS, WIDTH, WIDTH), down_bias)
     yield f"moe_bf16, {name}", _bind(matmul.moe_bf16, *start, *plain, *end)
     ggml = [

@@ -2,9 +2,9 @@
 
     python benchmarks/kernels.py [experts] [dense] [--threads N] [--isa NAME] [--seconds S] [--json]
 
-The limits (read bandwidth, int8 operations) are measured in the same run, before and after every row, and
-each row is given as a share of the mean of the two: on a shared machine the limits move. Shapes are those of
-gpt-oss-20b. A row is the best of as many repeats as fit in --seconds (at least three).
+The limits (read bandwidth, int8 and bf16 operations) are measured in the same run, before and after every
+row, and each row is given as a share of the mean of the two: on a shared machine the limits move. Shapes are
+those of gpt-oss-20b. A row is the best of as many repeats as fit in --seconds (at least three).
 """
 
 from __future__ import annotations
@@ -41,13 +41,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Case:
-    """`run` reads `read_bytes` of weights and does `operations`; the one that binds is reported."""
+    """`run` reads `read_bytes` of weights and does `operations`; the one that binds is reported.
+
+    activations: which operations bind.
+    """
 
     name: str
     run: Callable[[], None]
     read_bytes: int
     operations: int
     is_bound_by_memory: bool
+    activations: Activations = "int8"
 
 
 class Limits:
@@ -64,6 +68,10 @@ class Limits:
     def int8(self) -> float:
         """Operations a second."""
         return max(matmul.measure_int8_ops(1_000) for _ in range(40))
+
+    def bf16(self) -> float:
+        """The same with bf16 activations: half of int8's where both have an instruction of their own."""
+        return max(matmul.measure_bf16_ops(1_000) for _ in range(40))
 
 
 class Experts:
@@ -136,7 +144,7 @@ def _expert_case(
 
     operations = 2 * step * NUM_ACTIVE * 3 * WIDTH * WIDTH
     name = f"experts {'packed' if packed else 'mxfp4'} x {activations}, {kind} {num_tokens}"
-    return Case(name, run, used * experts.bytes_per_expert, operations, kind == "decode")
+    return Case(name, run, used * experts.bytes_per_expert, operations, kind == "decode", activations)
 
 
 def _dense_case(name: str, weight: matmul.Int8Weight, num_tokens: int) -> Case:
@@ -168,7 +176,7 @@ def _bf16_case(name: str, weight: matmul.Bf16, num_tokens: int, is_bound_by_memo
         matmul.linear_bf16(x, weight, None, out)
 
     operations = 2 * num_tokens * weight.size
-    return Case(f"{name} bf16, {num_tokens}", run, weight.nbytes, operations, is_bound_by_memory)
+    return Case(f"{name} bf16, {num_tokens}", run, weight.nbytes, operations, is_bound_by_memory, "bf16")
 
 
 def expert_cases() -> Iterator[Case]:
@@ -180,8 +188,10 @@ def expert_cases() -> Iterator[Case]:
         yield _expert_case(experts, count, "prefill", "int8")
     for kind, count in (("decode", 1), ("decode", 8), ("prefill", 16), ("prefill", 64), ("prefill", 256)):
         yield _expert_case(experts, count, kind, "int8", packed=True)
-    yield _expert_case(experts, 1, "decode", "bf16")
-    yield _expert_case(experts, 64, "prefill", "bf16")
+    for kind, count in (("decode", 1), ("decode", 8), ("decode", 16), ("prefill", 4), ("prefill", 16)):
+        yield _expert_case(experts, count, kind, "bf16")
+    for count in (64, 256):
+        yield _expert_case(experts, count, "prefill", "bf16")
 
 
 def dense_cases() -> Iterator[Case]:
@@ -208,7 +218,8 @@ GROUPS = {"experts": expert_cases, "dense": dense_cases}
 
 def measure(case: Case, limits: Limits, seconds: float) -> Row:
     """Best time of the case, and its share of the limit around it."""
-    limit = limits.read if case.is_bound_by_memory else limits.int8
+    operations = limits.int8 if case.activations == "int8" else limits.bf16
+    limit = limits.read if case.is_bound_by_memory else operations
     before = limit()
     case.run()
     best, end, repeats = float("inf"), time.perf_counter() + seconds, 0
@@ -226,12 +237,18 @@ def measure(case: Case, limits: Limits, seconds: float) -> Row:
 def limit_rows(isa: str, threads: int) -> Iterator[Row]:
     """The machine's limits with 1 to `threads` threads; share is of the one with all threads."""
     limits = Limits()
-    reads, operations = [], []
+    reads, int8, bf16 = [], [], []
     for count in range(1, threads + 1):
         runtime.configure(isa, count)
         reads.append(limits.read())
-        operations.append(limits.int8())
-    for name, rates, unit in (("read bandwidth", reads, "GB/s"), ("int8 operations", operations, "GOP/s")):
+        int8.append(limits.int8())
+        bf16.append(limits.bf16())
+    rows = (
+        ("read bandwidth", reads, "GB/s"),
+        ("int8 operations", int8, "GOP/s"),
+        ("bf16 operations", bf16, "GOP/s"),
+    )
+    for name, rates, unit in rows:
         for count, rate in enumerate(rates, 1):
             yield Row(f"limit: {name}, threads {count}", rate / 1e9, unit, rate / rates[-1], 0.0)
 

@@ -25,7 +25,7 @@ inline void require(bool ok, const std::string& message) {
 }
 
 // Raised, with INTERFACE of harmonium/kernels/interface.py, whenever a bound function's arguments change.
-constexpr int kInterface = 4;
+constexpr int kInterface = 5;
 
 void bind_threads(nb::module_& m);
 void bind_matmul(nb::module_& m);

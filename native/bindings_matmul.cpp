@@ -165,6 +165,7 @@ void bind_matmul(nb::module_& m) {
   m.def("matmul_thread_bytes", &matmul_thread_bytes, nb::arg("max_inputs"));
   m.def("measure_read_bandwidth", &bind_read_bandwidth, nb::arg("data"), nb::arg("repeats"));
   m.def("measure_int8_ops", &measure_int8_ops, nb::arg("rounds"), nb::call_guard<nb::gil_scoped_release>());
+  m.def("measure_bf16_ops", &measure_bf16_ops, nb::arg("rounds"), nb::call_guard<nb::gil_scoped_release>());
 }
 
 }  // namespace harmonium

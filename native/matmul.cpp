@@ -330,13 +330,19 @@ double measure_read_bandwidth(const std::uint8_t* data, std::int64_t size_bytes,
   return best;
 }
 
-double measure_int8_ops(std::int64_t rounds) {
-  const TileTable& table = tile_table();
+namespace {
+
+double measure_spin(double (*spin)(std::int64_t), std::int64_t rounds) {
   std::atomic<std::int64_t> done{0};
   const auto begin = std::chrono::steady_clock::now();
-  parallel(64 * num_threads(), [&](std::int64_t, int) { done += static_cast<std::int64_t>(table.spin_int8(rounds)); });
+  parallel(64 * num_threads(), [&](std::int64_t, int) { done += static_cast<std::int64_t>(spin(rounds)); });
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
   return static_cast<double>(done) / seconds.count();
 }
+
+}  // namespace
+
+double measure_int8_ops(std::int64_t rounds) { return measure_spin(tile_table().spin_int8, rounds); }
+double measure_bf16_ops(std::int64_t rounds) { return measure_spin(tile_table().spin_bf16, rounds); }
 
 }  // namespace harmonium

@@ -188,6 +188,7 @@ struct TileTable {
   // Multiply-adds as fast as the machine can, `rounds` times: what the products are measured against. Returns the
   // number of multiplications and additions done.
   double (*spin_int8)(std::int64_t rounds);
+  double (*spin_bf16)(std::int64_t rounds);
   // Reads all of data (a multiple of 256 bytes); the value returned only keeps the loads.
   std::uint64_t (*read_all)(const std::uint8_t* data, std::int64_t size_bytes);
 };
@@ -279,5 +280,6 @@ std::int64_t matmul_thread_bytes(std::int64_t max_inputs);
 
 double measure_read_bandwidth(const std::uint8_t* data, std::int64_t size_bytes, int repeats);  // bytes a second
 double measure_int8_ops(std::int64_t rounds);                                                   // operations a second
+double measure_bf16_ops(std::int64_t rounds);
 
 }  // namespace harmonium

@@ -10,7 +10,7 @@ from typing import Any
 
 from harmonium.errors import ConfigError
 
-INTERFACE = 4
+INTERFACE = 5
 """kInterface of native/bindings.h: raised there and here whenever a bound function's arguments change."""
 
 _REMEDY = (

@@ -265,3 +265,8 @@ def measure_read_bandwidth(data: U8, repeats: int = 5) -> float:
 def measure_int8_ops(rounds: int = 100_000) -> float:
     """Return int8 multiplications and additions a second of the threads in use, with nothing else to do."""
     return float(_native.measure_int8_ops(rounds))
+
+
+def measure_bf16_ops(rounds: int = 100_000) -> float:
+    """The same of products with bf16 activations: `vdpbf16ps` where the processor has it, else float32."""
+    return float(_native.measure_bf16_ops(rounds))

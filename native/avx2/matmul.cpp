@@ -75,6 +75,23 @@ double spin_int8(int64_t rounds) {
   return static_cast<double>(rounds) * 8 * 32;
 }
 
+double spin_bf16(int64_t rounds) {
+  __m256 acc[8];
+  for (int i = 0; i < 8; ++i) acc[i] = _mm256_setzero_ps();
+  __m256 a = _mm256_set1_ps(1.0f);
+  const __m256 b = _mm256_set1_ps(0.0078125f);
+  for (int64_t n = 0; n < rounds; ++n) {
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      __asm__ volatile("" : "+x"(a));
+      acc[i] = _mm256_fmadd_ps(a, b, acc[i]);
+    }
+  }
+  for (int i = 1; i < 8; ++i) acc[0] = _mm256_add_ps(acc[0], acc[i]);
+  __asm__ volatile("" : "+x"(acc[0]));
+  return static_cast<double>(rounds) * 8 * 16;
+}
+
 uint64_t read_all(const uint8_t* data, int64_t size_bytes) {
   __m256i a = _mm256_setzero_si256(), b = a;
   for (int64_t i = 0; i < size_bytes; i += 64) {
@@ -89,6 +106,6 @@ uint64_t read_all(const uint8_t* data, int64_t size_bytes) {
 
 }  // namespace
 
-const TileTable kAvx2Tile = {swiglu, finish, add_parts, spin_int8, read_all};
+const TileTable kAvx2Tile = {swiglu, finish, add_parts, spin_int8, spin_bf16, read_all};
 
 }  // namespace harmonium

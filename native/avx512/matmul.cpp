@@ -79,6 +79,21 @@ double spin_int8(int64_t rounds) {
   return static_cast<double>(rounds) * 16 * 128;
 }
 
+double spin_bf16(int64_t rounds) {
+  __m512 acc[16];
+  for (int i = 0; i < 16; ++i) acc[i] = _mm512_setzero_ps();
+  __m512i a = _mm512_set1_epi32(0x3f803f80);
+  const auto b = (__m512bh)_mm512_set1_epi32(0x3c003c00);
+  for (int64_t n = 0; n < rounds; ++n) {
+    __asm__ volatile("" : "+v"(a));
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) acc[i] = _mm512_dpbf16_ps(acc[i], (__m512bh)a, b);
+  }
+  for (int i = 1; i < 16; ++i) acc[0] = _mm512_add_ps(acc[0], acc[i]);
+  __asm__ volatile("" : "+v"(acc[0]));
+  return static_cast<double>(rounds) * 16 * 64;
+}
+
 uint64_t read_all(const uint8_t* data, int64_t size_bytes) {
   __m512i a = _mm512_setzero_si512(), b = a, c = a, d = a;
   for (int64_t i = 0; i < size_bytes; i += 256) {
@@ -97,6 +112,6 @@ uint64_t read_all(const uint8_t* data, int64_t size_bytes) {
 
 }  // namespace
 
-const TileTable kAvx512Tile = {swiglu, finish, add_parts, spin_int8, read_all};
+const TileTable kAvx512Tile = {swiglu, finish, add_parts, spin_int8, spin_bf16, read_all};
 
 }  // namespace harmonium

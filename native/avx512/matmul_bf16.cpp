@@ -157,6 +157,9 @@ void mxfp4_rows(const uint8_t* blocks, const uint8_t* scales, int64_t num_blocks
     row[t] = reinterpret_cast<const uint16_t*>(x + token[t] * row_bytes);
     for (int r = 0; r < NR; ++r) sum[t][r] = _mm512_setzero_ps();
   }
+  // The next tile's scales: all of them are looked at before its first product.
+  const uint8_t* later = scales + kTileRows * num_blocks;
+  for (int64_t i = 0; i < NR * num_blocks; i += 64) _mm_prefetch(reinterpret_cast<const char*>(later + i), _MM_HINT_T0);
   int64_t b = 0;
   for (; b + 4 <= num_blocks; b += 4) add_run<NT, NR, 4>(blocks, scales, num_blocks, b, row, sum);
   if (b + 2 <= num_blocks) {

@@ -45,6 +45,17 @@ double spin_int8(int64_t rounds) {
   return static_cast<double>(rounds) * 128.0;
 }
 
+double spin_bf16(int64_t rounds) {
+  volatile float seed = 1;
+  float acc[64], w[64];
+  for (int i = 0; i < 64; ++i) acc[i] = 0, w[i] = seed + static_cast<float>(i);
+  for (int64_t n = 0; n < rounds; ++n) {
+    for (int i = 0; i < 64; ++i) acc[i] += w[i] * static_cast<float>(n & 127);
+  }
+  for (int i = 0; i < 64; ++i) seed = acc[i];
+  return static_cast<double>(rounds) * 128.0;
+}
+
 uint64_t read_all(const uint8_t* data, int64_t size_bytes) {
   uint64_t a = 0, b = 0;
   for (int64_t i = 0; i < size_bytes; i += 16) {
@@ -58,6 +69,6 @@ uint64_t read_all(const uint8_t* data, int64_t size_bytes) {
 
 }  // namespace
 
-const TileTable kScalarTile = {swiglu, finish, add_parts, spin_int8, read_all};
+const TileTable kScalarTile = {swiglu, finish, add_parts, spin_int8, spin_bf16, read_all};
 
 }  // namespace harmonium

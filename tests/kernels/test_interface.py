@@ -17,7 +17,7 @@ from harmonium.kernels import interface
 
 NATIVE = Path(__file__).parents[2] / "native"
 
-BOUND = "792cec992290f79d"
+BOUND = "58086ef2686b1b3a"
 """Digest of all bound functions and their arguments at interface.INTERFACE."""
 
 

@@ -474,6 +474,7 @@ def test_scratch_is_stated_for_the_memory_plan() -> None:
 def test_limits_are_measured_for_the_threads_in_use(isa: str) -> None:
     runtime.configure(isa, 1)
     assert matmul.measure_int8_ops(50) > 1e6
+    assert matmul.measure_bf16_ops(50) > 1e6
     data = matmul.allocate(1 << 20)
     data[:] = 1
     assert matmul.measure_read_bandwidth(data, 2) > 1e6

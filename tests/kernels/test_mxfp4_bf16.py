@@ -1,4 +1,4 @@
-"""MXFP4 by bf16 activations: weights are decoded exactly, and a token's bits depend on nothing but the token."""
+"""MXFP4 by bf16 activations: weights are decoded exactly, and a token's bits depend on the token alone."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def test_a_token_has_the_same_bits_in_every_batch(isa: str, num_inputs: int) -> 
     assert_product(whole, expected, x, reference_matmul.decode_mxfp4(*weight))
     for count in range(1, MOST_TOKENS + 1):
         first = (7 * count) % (MOST_TOKENS - count + 1)
-        np.testing.assert_array_equal(product(x[first : first + count], *weight), whole[first : first + count])
+        np.testing.assert_array_equal(
+            product(x[first : first + count], *weight), whole[first : first + count]
+        )
 
 
 @pytest.mark.parametrize("num_outputs", [1, 3, 4, 9, 31, 33, 100])
@@ -59,7 +61,9 @@ def test_every_scale_is_decoded_exactly(isa: str, scale: int, least: int, num_in
     """One input at a time is a power of two: the output is the weight times it, with no rounding anywhere."""
     most = {254: 3, 253: 5}.get(scale, 7)
     rng = np.random.default_rng(scale)
-    nibbles = rng.integers(least, most + 1, (5, num_inputs), np.uint8) | rng.integers(0, 2, (5, num_inputs)) << 3
+    nibbles = (
+        rng.integers(least, most + 1, (5, num_inputs), np.uint8) | rng.integers(0, 2, (5, num_inputs)) << 3
+    )
     blocks = (nibbles[:, ::2] | nibbles[:, 1::2] << 4).astype(np.uint8).reshape(5, -1, 16)
     scales = np.full((5, num_inputs // 32), scale, np.uint8)
     weight = reference_matmul.decode_mxfp4(blocks, scales)
