@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kMostTokens = 4;    // in one pass
 constexpr int kDecodeTokens = 8;  // up to so many, each pass decodes MXFP4 again, in registers (measured)
+constexpr int kDecodeRows = 16;   // rows decoded together for more
 constexpr int kRowsAhead = 8;     // how many rows ahead MXFP4 is fetched there
 constexpr int64_t kAhead = 4096;  // and how many bytes where it is decoded for more
 
@@ -157,6 +158,9 @@ struct Mxfp4Rows {
     __m256 sum[NT][NR];
     begin<NT, NR>(x, row_bytes, token, row, sum);
     const int64_t num_blocks = num_inputs / kBlock;
+    // The next tile's scales: all of them are looked at before its first product.
+    const uint8_t* later = scales + kTileRows * num_blocks;
+    for (int64_t i = 0; i < NR * num_blocks; i += 64) _mm_prefetch(reinterpret_cast<const char*>(later + i), _MM_HINT_T0);
     int64_t b = 0;
     for (; b + 2 <= num_blocks; b += 2) add_blocks<NT, NR, 2>(blocks, scales, num_blocks, b, row, sum);
     if (b < num_blocks) add_blocks<NT, NR, 1>(blocks, scales, num_blocks, b, row, sum);
@@ -243,10 +247,14 @@ void mxfp4_product(const uint8_t* blocks, const uint8_t* scales, int num_rows, i
     multiply_all(Mxfp4Rows{blocks, scales, num_inputs}, num_rows, x, row_bytes, token, num_tokens, tile);
     return;
   }
-  for (int r = 0; r < num_rows; ++r) {
-    decode_row(blocks + r * num_inputs / 2, scales + r * num_blocks, num_blocks, is_usual, decoded + r * num_inputs);
+  for (int first = 0; first < num_rows; first += kDecodeRows) {
+    const int count = num_rows - first < kDecodeRows ? num_rows - first : kDecodeRows;
+    for (int r = 0; r < count; ++r) {
+      const int64_t at = (first + r) * num_blocks;
+      decode_row(blocks + at * 16, scales + at, num_blocks, is_usual, decoded + r * num_inputs);
+    }
+    bf16_product(decoded, count, num_inputs, x, row_bytes, token, num_tokens, tile + first);
   }
-  bf16_product(decoded, num_rows, num_inputs, x, row_bytes, token, num_tokens, tile);
 }
 
 template <int NT>
