@@ -19,6 +19,7 @@ from triton.language import bfloat16
 
 from harmonium.model import torch_triton_attention as attention
 from harmonium.model import torch_triton_experts as experts
+from harmonium.model import torch_triton_layer as layer
 
 CAPABILITIES = (80, 90, 100, 120)
 
@@ -40,22 +41,37 @@ def kernels() -> Iterator[Kernel]:
         yield attention._attend_piece, types, {"WINDOW": 128, **heads, "ROWS": rows, "PRODUCT": bfloat16}
     types = {**parts, "sink": bf16, "mixed": bf16, "num_pieces": "i32", "num_rows": "i32"}
     yield attention._join_pieces, types, {"H": 64, "K": 64, "SIZE": 64}
+    yield from layer_kernels()
+    types = dict.fromkeys(("expert_id", "order", "found"), i32) | {"num_tiles": "i32"}
+    yield experts._group_pairs, types, {"PAIRS": 32, "EXPERTS": 32, "Y": 32, "E": 32, "X": 64, "ROWS": 16}
     weights = {"x": bf16, "blocks": u8, "scales": u8, "bias": bf16}
     sizes = {"num_outputs": "i32", "num_blocks": "i32", "num_active": "i32", "limit": "fp32", "alpha": "fp32"}
     tiles = {"order": i32, "tile_expert": i32, "tile_start": i32, "tile_stop": i32}
     for is_first in (1, 0):
         out = bf16 if is_first else f32
         types = {**weights, "expert_id": i32, "weight": f32, "out": out, **sizes}
-        vector = {"OUTPUTS": experts.VECTOR_OUTPUTS, "BLOCKS": experts.VECTOR_BLOCKS}
+        vector = {"OUTPUTS": experts.VECTOR_OUTPUTS, "BLOCKS": experts.VECTOR_BLOCKS, "COMPILED": True}
         yield experts._multiply_vectors, types, {"IS_FIRST": is_first, **vector}
-        tile = {"PRODUCT": bfloat16, "OUTPUTS": experts.TILE_OUTPUTS, "BLOCKS": experts.TILE_BLOCKS}
-        for rows in (experts.SMALL_TILE, experts.LARGE_TILE):
+        for shape in experts.TILE_SHAPES:
             types = {**weights, **tiles, "weight": f32, "out": out, **sizes}
+            tile = {"ROWS": shape.rows, "OUTPUTS": shape.outputs, "BLOCKS": shape.blocks}
             yield (
                 experts._multiply_tiles,
                 types,
-                {"IS_FIRST": is_first, "ROWS": rows, **tile},
+                {"IS_FIRST": is_first, "PRODUCT": bfloat16, "COMPILED": True, **tile},
             )
+
+
+def layer_kernels() -> Iterator[Kernel]:
+    bf16, f32 = "*bf16", "*fp32"
+    rows = {"hidden": bf16, "added": f32, "weight": bf16, "new": bf16, "normed": bf16, "eps": "fp32"}
+    yield layer._add_norm, rows, {"D": 2880, "COUNT": 4, "SPLITS": True, "SIZE": 4096}
+    heads = {"fused": bf16, "cos": f32, "sin": f32, "slots": "*i64", "query": bf16}
+    heads |= {"key_cache": bf16, "value_cache": bf16}
+    yield layer._rotate_and_store, heads, {"H": 64, "G": 8, "HALF": 32, "SIZE": 32}
+    router = {"x": bf16, "weight": bf16, "bias": bf16, "expert_id": "*i32", "expert_weight": f32}
+    sizes = {"D": 2880, "E": 32, "A": 4, "EXPERTS": 32, "ACTIVE": 4, "INPUTS": layer.ROUTER_INPUTS}
+    yield layer._choose_experts, router, sizes
 
 
 def compile_kernel(kernel: Kernel, capability: int) -> str:

@@ -26,6 +26,7 @@ from harmonium.model.sampler import sample_rows
 from harmonium.model.torch import TorchModel
 from harmonium.model.torch_backends import GATHERED
 from harmonium.model.torch_device import torch_device
+from harmonium.model.torch_fused import FusedLayers
 from harmonium.model.torch_graphs import CudaRecording, Recording, StepGraphs, recorded_blocks
 from harmonium.model.torch_step import StepInputs, block_table, ids, slots
 
@@ -60,12 +61,15 @@ class TorchRunner:
         self._mix = GATHERED.get(attention)
         assert (self._mix is None) is (self._paged is not None), attention
         self._experts: Any = None
+        self._fused: FusedLayers | None = None
         if triton_experts and model.experts == "mxfp4":
             self._experts = import_module(f"{_TRITON}_experts").triton_experts
+            if self._paged is not None:
+                self._fused = FusedLayers(model)
         self._caches: list[tuple[Tensor, Tensor]] = []
         self._graphs: StepGraphs | None = None
         if recording is not None:
-            assert self._paged is not None and self._experts is not None, "others wait for the device"
+            assert self._fused is not None, "others wait for the device"
             self._graphs = StepGraphs(self._compute, model.lm_head.weight.device, recording)
 
     @property
@@ -118,6 +122,8 @@ class TorchRunner:
         """Logits [R, V] in the model's dtype. batch: for attention that takes gathered keys."""
         model = self._model
         assert model is not None
+        if self._fused is not None:
+            return self._fused.compute(inputs, self._caches)
         hidden_TD: Tensor = model.model.embed_tokens(inputs.token_id_T)
         for index, layer in enumerate(model.model.layers):
             attention: Any = layer.self_attn
@@ -138,7 +144,7 @@ class TorchRunner:
         return logits_RV
 
     def close(self) -> None:
-        self._model = None
+        self._model = self._fused = None
         self._caches.clear()
         if self._graphs is not None:
             self._graphs.close()

@@ -17,4 +17,9 @@ def product_type(dtype: torch.dtype) -> Any:
 
     Triton's interpreter has no bf16 products and gives nonsense; there float32 holds the same numbers.
     """
-    return tl.float32 if environment_text("TRITON_INTERPRET") == "1" else _TYPES[dtype]
+    return _TYPES[dtype] if is_compiled() else tl.float32
+
+
+def is_compiled() -> bool:
+    """Whether kernels become machine code, which can hold what Triton's interpreter cannot."""
+    return environment_text("TRITON_INTERPRET") != "1"
