@@ -150,7 +150,7 @@ def _model_options() -> _Parser:
         "--engine",
         choices=("native", "torch"),
         default="native",
-        help="torch: PyTorch, slow (harmonium[torch])",
+        help="torch: PyTorch, for GPUs; slow on a CPU (harmonium[torch])",
     )
     return parent
 

@@ -34,7 +34,7 @@ def add_serving(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--engine",
         metavar="ENGINE",
-        help="native; torch: PyTorch, slow; vllm=URL[,URL]: vLLM computes (docs/vllm.md); script:FILE: "
+        help="native; torch: PyTorch, for GPUs; vllm=URL[,URL]: vLLM computes (docs/vllm.md); script:FILE: "
         "answers from a file, no model (docs/api.md)",
     )
     add_replicas(group)
