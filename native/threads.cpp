@@ -10,6 +10,7 @@
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -43,6 +44,7 @@ struct Pool {
   std::vector<std::thread> workers;
   std::vector<Scratch> scratch;  // [thread * kSlots + slot]
   int count = 1;
+  std::vector<int> cores;
 
   std::mutex job_mutex;
   std::mutex mutex;
@@ -170,8 +172,12 @@ int num_threads() { return pool().count; }
 
 void set_num_threads(int count, const int* cores, int num_cores) {
   Pool& p = pool();
+  std::lock_guard<std::mutex> one_job(p.job_mutex);
+  std::vector<int> wanted(cores, cores + num_cores);
+  if (p.count == count && p.cores == wanted) return;
   p.halt();
   p.count = count;
+  p.cores = std::move(wanted);
   p.scratch.resize(static_cast<std::size_t>(count) * kSlots);
   for (int i = 1; i < count; ++i) {
     p.workers.emplace_back([&p, i] { p.work(i); });

@@ -10,7 +10,8 @@ namespace harmonium {
 int num_threads();
 
 // Make the pool use `count` threads, the caller included. Workers run on the `cores` if there are at least `count` of
-// them (else anywhere), the caller where it likes. Not to be called while kernels run.
+// them (else anywhere), the caller where it likes. Nothing happens if that is so already. Else not to be called while
+// kernels run: it frees their scratch.
 void set_num_threads(int count, const int* cores, int num_cores);
 
 // Function of a task: `task` in [0, num_tasks), `thread` in [0, num_threads()) for scratch that a thread owns.

@@ -23,7 +23,7 @@ def current_threads() -> int:
 
 
 def configure(isa: str, threads: int, cores: Sequence[int] = ()) -> None:
-    """Use these kernels and threads from now on, in the whole process. Not while a kernel runs.
+    """Use these kernels and threads from now on, in the whole process. To change threads, no kernel may run.
 
     cores: where the workers run, when there are at least as many cores as threads; empty: anywhere.
     Raises ValueError for an instruction set that this processor lacks, or a count outside 1 to 256.

@@ -101,3 +101,25 @@ def test_a_fork_in_the_middle_of_a_kernel_leaves_the_child_usable() -> None:
     stop.set()
     caller.join()
     assert statuses == [0] * 10
+
+
+def test_the_same_settings_again_disturb_no_kernel_that_runs(isa: str) -> None:
+    """A second engine in the process sets what the first one set, while that one computes."""
+    runtime.configure(isa, 3)
+    weight, x = matmul.quantize_weight(bf16(normal(1, 256, 64))), normal(2, 9, 64)
+    expected = np.zeros((9, 256), np.float32)
+    matmul.linear_int8(x, weight, None, expected)
+
+    def repeat() -> int:
+        wrong = 0
+        for _ in range(500):
+            out = np.zeros((9, 256), np.float32)
+            matmul.linear_int8(x, weight, None, out)
+            wrong += not np.array_equal(out, expected)
+        return wrong
+
+    with ThreadPoolExecutor(1) as other:
+        wrong = other.submit(repeat)
+        while not wrong.done():
+            runtime.configure(isa, 3)
+    assert wrong.result() == 0
