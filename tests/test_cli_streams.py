@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,15 @@ def _child() -> subprocess.Popen[bytes]:
     return _run_python(_CHILD.format(tokens=gen(FINAL.format("word " * 5000))))
 
 
+@pytest.fixture
+def heeds_interrupts() -> Iterator[None]:
+    """A job in the background ignores SIGINT, and its children inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_interrupts")
 def test_interrupted_answer_ends_with_130_and_no_traceback() -> None:
     with _child() as child:
         assert child.stdout is not None
