@@ -355,22 +355,18 @@ def _multiply_tiles(
         # What lies beyond an end is computed as its last row once more, and not stored.
         last_M = tl.minimum(place_M, stop - 1)
         pair_M = tl.load(order + last_M).to(tl.int64)
-        source_M = pair_M // num_active if IS_FIRST else last_M.to(tl.int64)
+        source_M = (pair_M // num_active if IS_FIRST else last_M.to(tl.int64)) * (num_blocks * _NUMBERS)
         n = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
         row_N = expert * num_outputs + tl.minimum(n, num_outputs - 1)
-        is_output = n < num_outputs
         sum_NM = tl.zeros((OUTPUTS, ROWS), tl.float32)
-        source_1M = x + (source_M * (num_blocks * _NUMBERS))[None, :]
         byte_K = tl.arange(0, BLOCKS * _BYTES)
         for block in range(0, num_blocks, BLOCKS):
-            low_NBI, high_NBI, factor_NB = _numbers(
-                blocks, scales, row_N, block, num_blocks, BLOCKS, COMPILED
-            )
-            factor_NB1 = factor_NB.to(PRODUCT)[:, :, None]
+            low_NBI, high_NBI, scale_NB = _numbers(blocks, scales, row_N, block, num_blocks, BLOCKS, COMPILED)
+            factor_NB1 = scale_NB.to(PRODUCT)[:, :, None]
             low_NK = tl.reshape(low_NBI.to(PRODUCT) * factor_NB1, (OUTPUTS, BLOCKS * _BYTES))
             high_NK = tl.reshape(high_NBI.to(PRODUCT) * factor_NB1, (OUTPUTS, BLOCKS * _BYTES))
             b_K = tl.minimum(block + byte_K // _BYTES, num_blocks - 1)
-            at_KM = source_1M + (b_K * _NUMBERS + byte_K % _BYTES)[:, None]
+            at_KM = x + source_M[None, :] + (b_K * _NUMBERS + byte_K % _BYTES)[:, None]
             # The numbers on the left: tensor cores take that side from registers.
             sum_NM += tl.dot(low_NK, tl.load(at_KM).to(PRODUCT), input_precision="ieee")
             sum_NM += tl.dot(high_NK, tl.load(at_KM + _BYTES).to(PRODUCT), input_precision="ieee")
@@ -383,9 +379,9 @@ def _multiply_tiles(
             is_unit = is_pair[:, None] & (f < width)[None, :]
             tl.store(out + at_MF, unit_MF.to(out.dtype.element_ty), mask=is_unit)
         else:
-            answer_MN = sum_MN * tl.load(weight + pair_M)[:, None]
             at_MN = pair_M[:, None] * num_outputs + n[None, :]
-            tl.store(out + at_MN, answer_MN, mask=is_pair[:, None] & is_output[None, :])
+            is_answer = is_pair[:, None] & (n < num_outputs)[None, :]
+            tl.store(out + at_MN, sum_MN * tl.load(weight + pair_M)[:, None], mask=is_answer)
 
 
 @triton.jit
